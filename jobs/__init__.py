@@ -1,0 +1,1 @@
+"""Running it: command line, driver, runners, ledger writer, lease."""

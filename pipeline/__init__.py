@@ -1,0 +1,1 @@
+"""From an open shard to a published token file, in one process."""

@@ -1,0 +1,1 @@
+"""The model: quantizer, BSQ-ViT, codes, checkpoints."""
