@@ -9,7 +9,8 @@ BsqError                      ends the command; one line for people
 ├── CircuitBreakerOpen        3   too much fails to go on
 ├── Interrupted               130 stopped by a signal; resumable
 └── InputError                    never ends a job: becomes a failure row or a shard attempt
-    ├── ShardError                the whole shard: ShardNotFound, ShardForbidden, ShardUnreadable, NotATar, SourceChanged
+    ├── ShardError                the whole shard: ShardNotFound, ShardForbidden, ShardUnreadable, NotATar,
+    │                             SourceChanged
     ├── ArchiveError              the rest of an archive: TarTruncated, TarCorrupt, GzipCorrupt
     └── SampleError               one sample, one subclass for each class of the failure table
 

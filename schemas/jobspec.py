@@ -169,7 +169,9 @@ def read_spec(path: str | Path) -> dict[str, Any]:
 def _first_problem(error: pydantic.ValidationError) -> str:
     # A union reports each of its branches; the first report that is no missing literal is the useful one.
     problem = min(error.errors(), key=lambda item: (item["type"] != "extra_forbidden", item["type"] == "literal_error"))
-    path = [part for part in problem["loc"] if isinstance(part, str) and not part.startswith(("constrained-", "literal["))]
+    path = [
+        part for part in problem["loc"] if isinstance(part, str) and not part.startswith(("constrained-", "literal["))
+    ]
     path = [part for part in path if part not in ("int", "float", "str")] or [str(part) for part in problem["loc"]]
     name = ".".join(path)
     if problem["type"] == "extra_forbidden":

@@ -1,0 +1,108 @@
+"""What a reader needs to open a finished dataset."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict
+
+from schemas.ledger import Commit
+from schemas.tokenfile import FORMAT_VERSION
+
+MANIFEST_SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.int64(), nullable=False),
+        pa.field("part", pa.int32(), nullable=False),
+        pa.field("url", pa.string(), nullable=False),
+        pa.field("generation", pa.int32(), nullable=False),
+        pa.field("file", pa.string(), nullable=False),
+        pa.field("bytes", pa.int64(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+        pa.field("first_row", pa.int64(), nullable=False),
+        pa.field("rows", pa.int64(), nullable=False),
+        pa.field("tokens", pa.int64(), nullable=False),
+        pa.field("samples", pa.int64(), nullable=False),
+        pa.field("failed", pa.int64(), nullable=False),
+        pa.field("warnings", pa.int64(), nullable=False),
+        pa.field("partial", pa.bool_(), nullable=False),
+        pa.field("min_frames", pa.int32(), nullable=False),
+        pa.field("max_frames", pa.int32(), nullable=False),
+        pa.field("min_key", pa.string()),
+        pa.field("max_key", pa.string()),
+        pa.field("row_groups", pa.list_(pa.int64()), nullable=False),
+        pa.field("tokens_offset", pa.list_(pa.int64()), nullable=False),
+        pa.field("failures_file", pa.string()),
+        pa.field("failures_bytes", pa.int64()),
+        pa.field("failures_sha256", pa.string()),
+        pa.field("source_bytes", pa.int64(), nullable=False),
+        pa.field("source_etag", pa.string(), nullable=False),
+        pa.field("attempt", pa.int32(), nullable=False),
+        pa.field("arithmetic", pa.string(), nullable=False),
+        pa.field("worker", pa.string(), nullable=False),
+        pa.field("at", pa.string(), nullable=False),
+    ]
+)
+
+
+class ManifestSummary(BaseModel):
+    """`manifest/GGGG.json`: a dataset exists when this file does."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    format: str = "bsqtok"
+    format_version: int = FORMAT_VERSION
+    fingerprint: str
+    generation: int
+    files: int
+    rows: int
+    tokens: int
+    samples: int
+    failed: int
+    warnings: int
+    failed_shards: int
+    first_failed_shards: list[int]
+    """The first 1,000 shards that were given up."""
+    partial_shards: int
+    bytes: int
+    bits: int
+    group_size: int
+    grid: tuple[int, int]
+    views: int
+    manifest_sha256: str
+    complete: bool
+    """No shard was given up."""
+    created_by: str
+
+
+def manifest_table(commits: Iterable[tuple[Commit, str, int]]) -> pa.Table:
+    """Build the manifest from (commit, url, generation), which must come in (shard, part) order."""
+    columns: dict[str, list[object]] = {name: [] for name in MANIFEST_SCHEMA.names}
+    first_row = 0
+    for commit, url, generation in commits:
+        row: dict[str, object] = commit.model_dump(
+            exclude={"kind", "seconds", "failures", "source"},
+        )
+        row |= {
+            "url": url,
+            "generation": generation,
+            "first_row": first_row,
+            "failures_file": commit.failures.file if commit.failures else None,
+            "failures_bytes": commit.failures.bytes if commit.failures else None,
+            "failures_sha256": commit.failures.sha256 if commit.failures else None,
+            "source_bytes": commit.source.bytes,
+            "source_etag": commit.source.etag,
+        }
+        first_row += commit.rows
+        for name, values in columns.items():
+            values.append(row[name])
+    return pa.Table.from_pydict(columns, schema=MANIFEST_SCHEMA)
+
+
+def serialise_manifest(table: pa.Table) -> bytes:
+    """The bytes of `manifest/GGGG.parquet`."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", version="2.6", write_page_checksum=True, row_group_size=1 << 16)
+    return sink.getvalue()
