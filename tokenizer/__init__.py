@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tokenizer.checkpoint import from_pretrained, save_checkpoint, weight_sha256
     from tokenizer.config import BSQViTConfig
     from tokenizer.quantizer import BinarySphericalQuantizer
+    from tokenizer.reference_import import import_reference_checkpoint
 
 __all__ = [
     "BSQViT",
@@ -23,6 +24,7 @@ __all__ = [
     "BinarySphericalQuantizer",
     "PackedTokens",
     "from_pretrained",
+    "import_reference_checkpoint",
     "save_checkpoint",
     "weight_sha256",
 ]
@@ -33,6 +35,7 @@ _MODULES = {
     "BinarySphericalQuantizer": "quantizer",
     "PackedTokens": "bsqvit",
     "from_pretrained": "checkpoint",
+    "import_reference_checkpoint": "reference_import",
     "save_checkpoint": "checkpoint",
     "weight_sha256": "checkpoint",
 }

@@ -16,7 +16,7 @@ from tokenizer.codes import indices_to_bits
 from tokenizer.config import QuantizerLossConfig
 
 LOG_FLOOR = 1e-8
-"""Added to a mean probability before its logarithm, as in the reference: one that underflowed to 0 keeps a gradient."""
+"""Added to a probability before its logarithm, as in the reference: one that underflowed to 0 keeps its gradient finite."""
 
 
 class QuantizerLosses(NamedTuple):
@@ -102,24 +102,24 @@ class BinarySphericalQuantizer(nn.Module):
             return Quantized(codes + slope * (latents - latents.detach()), bits, losses)
 
     def soft_assignment(self, latents: Tensor, group_size: int) -> Tensor:
-        """Logarithm of q(c|u) per group, [..., G, 2^group_size]; index 0 is the code of all -1 (paper eq. 6).
+        """q(c|u) per group, [..., G, 2^group_size]; index 0 is the code of all -1 (paper eq. 6).
 
         The codebook is a product of signs, so q over all L channels is the product over the groups."""
         codes_KC = self.to_codes(indices_to_bits(torch.arange(2**group_size, device=latents.device), group_size))
         temperature = 2 * self.loss_config.inv_temperature
         scores = latents.reshape(*latents.shape[:-1], -1, group_size) @ codes_KC.T
-        return F.log_softmax(temperature * scores, dim=-1)
+        return torch.softmax(temperature * scores, dim=-1)
 
     def _losses(self, latents: Tensor, codes: Tensor) -> QuantizerLosses:
         config = self.loss_config
         sample_size = self._entropy_group_size(config.sample_entropy)
         codebook_size = self._entropy_group_size(config.codebook_entropy)
-        sample_logs = self.soft_assignment(latents, sample_size)
-        codebook_logs = sample_logs if codebook_size == sample_size else self.soft_assignment(latents, codebook_size)
+        sample = self.soft_assignment(latents, sample_size)
+        codebook = sample if codebook_size == sample_size else self.soft_assignment(latents, codebook_size)
 
-        sample_entropy = -(sample_logs.exp() * sample_logs).sum((-2, -1)).mean()
-        mean_GK = codebook_logs.exp().flatten(0, -3).mean(0)
-        codebook_entropy = -(mean_GK * (mean_GK + LOG_FLOOR).log()).sum()
+        sample_entropy = _entropy(sample).sum(-1).mean()
+        mean_GK = codebook.flatten(0, -3).mean(0)
+        codebook_entropy = _entropy(mean_GK).sum()
         commit = config.beta * (codes - latents).square().sum(-1).mean()
         entropy = config.gamma0 * sample_entropy - config.gamma * codebook_entropy
         total = commit + config.zeta * entropy / config.inv_temperature
@@ -127,3 +127,8 @@ class BinarySphericalQuantizer(nn.Module):
 
     def _entropy_group_size(self, kind: str) -> int:
         return 1 if kind == "bit" else self.group_size
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    """Entropy in nats over the last axis."""
+    return -(probabilities * (probabilities + LOG_FLOOR).log()).sum(-1)
