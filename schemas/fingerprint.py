@@ -23,7 +23,7 @@ def fingerprint_fields(spec: JobSpec, tokenizer: Mapping[str, Any], weight_sha25
         "weight_sha256": weight_sha256,
         "preprocess": _without_defaults(spec.preprocess, PreprocessSpec()),
         "clips": _without_defaults(spec.clips, ClipSpec()),
-        "carry": list(spec.carry),
+        "carry": sorted(spec.carry),
         "dtype": spec.dtype,
     }
 

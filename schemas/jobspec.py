@@ -17,7 +17,10 @@ Engine = Literal["torch", "pillow"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    # Infinity has no JSON form, so a job.json with one could not be read back.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class PreprocessSpec(_Section):
@@ -166,13 +169,26 @@ def read_spec(path: str | Path) -> dict[str, Any]:
     return values
 
 
+_PLAIN_WORDS = {
+    "tuple_type": "must be a list",
+    "model_type": "must be a mapping of settings",
+    "model_attributes_type": "must be a mapping of settings",
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "missing": "has too few values",
+    "too_long": "has too many values",
+}
+
+
 def _first_problem(error: pydantic.ValidationError) -> str:
     # A union reports each of its branches; the first report that is no missing literal is the useful one.
-    problem = min(error.errors(), key=lambda item: (item["type"] != "extra_forbidden", item["type"] == "literal_error"))
-    path = [
-        part for part in problem["loc"] if isinstance(part, str) and not part.startswith(("constrained-", "literal["))
-    ]
-    path = [part for part in path if part not in ("int", "float", "str")] or [str(part) for part in problem["loc"]]
+    problems = error.errors()
+    problem = min(problems, key=lambda item: (item["type"] != "extra_forbidden", item["type"] == "literal_error"))
+    path = _path(problem["loc"])
     name = ".".join(path)
     if problem["type"] == "extra_forbidden":
         section: type[BaseModel] = JobSpec
@@ -181,7 +197,17 @@ def _first_problem(error: pydantic.ValidationError) -> str:
             if isinstance(annotation, type) and issubclass(annotation, BaseModel):
                 section = annotation
         return f"unknown key {name!r}.{nearest_name(path[-1], section.model_fields)}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if not name:
-        return message
-    return f"{name}: {message[0].lower()}{message[1:]} (found {problem['input']!r})"
+    if problem["type"] == "value_error":
+        # Our own words, which name the values.
+        return problem["msg"].removeprefix("Value error, ")
+    message = _PLAIN_WORDS.get(problem["type"], problem["msg"].replace("Input should", "must", 1))
+    words = [item["ctx"]["expected"] for item in problems if item["type"] == "literal_error" and item is not problem]
+    if words and problem["type"] != "literal_error" and all(_path(item["loc"]) == path for item in problems):
+        message += f", or {' or '.join(words)}"
+    return f"{name} {message[0].lower()}{message[1:]} (found {problem['input']!r})"
+
+
+def _path(loc: tuple[int | str, ...]) -> list[str]:
+    """The names of settings in a place that pydantic reports, without its names for the branches of a union."""
+    named = [part for part in loc if isinstance(part, str) and not part.startswith(("constrained-", "literal["))]
+    return [part for part in named if part not in ("int", "float", "str")] or [str(part) for part in loc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
@@ -127,7 +128,7 @@ _ADAPTER: TypeAdapter[Commit | Attempt | GivenUp | Arithmetic | Summary] = TypeA
 
 def parse_lines(data: bytes, *, name: str) -> Iterable[Commit | Attempt | GivenUp | Arithmetic | Summary]:
     """Parse the records of a segment.  Raises BsqError naming segment and line when one is damaged."""
-    for number, line in enumerate(data.splitlines(), start=1):
+    for number, line in enumerate(io.BytesIO(data), start=1):
         if not line.strip():
             continue
         try:
