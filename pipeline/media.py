@@ -9,23 +9,24 @@ from typing import Literal
 
 MediaKind = Literal["image", "video"]
 
-IMAGE_EXTENSIONS = frozenset(
-    "jpg jpeg jpe jfif png apng webp gif bmp dib tif tiff ppm pgm pbm pnm jp2 j2k jpx avif avifs heic heif"
-    " jxl svg eps psd tga ico qoi exr hdr img image".split()
-)
+_IMAGE_WORDS = """
+jpg jpeg jpe jfif png apng webp gif bmp dib tif tiff ppm pgm pbm pnm jp2 j2k jpx avif avifs heic heif jxl svg eps psd
+tga ico qoi exr hdr img image
+"""
+_VIDEO_WORDS = """
+mp4 m4v mov qt mkv webm avi ts mts m2ts 3gp 3g2 mpg mpeg wmv asf flv f4v ogv vob h264 264 h265 265 hevc av1 ivf y4m
+video
+"""
+
+IMAGE_EXTENSIONS = frozenset(_IMAGE_WORDS.split())
 """Lower case, without the dot.  Also formats that are not decoded: `MediaUnsupported` says more than `NoMedia`."""
 
-VIDEO_EXTENSIONS = frozenset(
-    "mp4 m4v mov qt mkv webm avi ts mts m2ts 3gp 3g2 mpg mpeg wmv asf flv f4v ogv vob h264 264 h265 265 hevc"
-    " av1 ivf y4m video".split()
-)
+VIDEO_EXTENSIONS = frozenset(_VIDEO_WORDS.split())
 """Lower case, without the dot.  Also containers that are not opened, for the same reason."""
 
 _IMAGE_MAGIC = (
     b"\xff\xd8\xff",  # JPEG
     b"\x89PNG\r\n\x1a\n",
-    b"GIF87a",
-    b"GIF89a",
     b"II*\x00",  # TIFF
     b"MM\x00*",
     b"II+\x00",  # BigTIFF
@@ -62,7 +63,8 @@ def media_kind_of_extension(extension: str) -> MediaKind | None:
 def sniff_media(payload: bytes) -> MediaKind | None:
     """Return what the first bytes say that a payload is; None where they leave it open.
 
-    Formats that cannot be decoded (HEIC, PostScript, WMV) are recognised too, so that they are refused by name."""
+    Formats that cannot be decoded (HEIC, PostScript, WMV) are recognised too, so that they are refused by name.
+    A GIF is left open: named .gif it is a picture, named .mp4 a film."""
     head = payload[:16]
     if head.startswith(_IMAGE_MAGIC):
         return "image"
