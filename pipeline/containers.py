@@ -34,6 +34,7 @@ def _missing_iso(payload: bytes) -> int:
     for _ in range(_MAX_ELEMENTS):
         if position + 8 > len(payload):
             return 0
+        size: int
         size, kind = struct.unpack_from(">I4s", payload, position)
         if kind not in _ISO_BOXES or size == 0:  # junk after the last box, or a box that reaches to the end
             return 0

@@ -45,7 +45,7 @@ class Decoder:
         """Raises SpecError for a spec that is not resolved, or a filter that this torch cannot do."""
         if not isinstance(preprocess.size, int) or not isinstance(clips.clip_frames, int):
             raise SpecError(
-                "Decoding needs numbers for preprocess.size and clips.clip_frames; take them from the tokenizer first."
+                "decoding needs numbers for preprocess.size and clips.clip_frames; take them from the tokenizer first."
             )
         check_engine(preprocess.filter, preprocess.engine)
         self._preprocess = preprocess
@@ -132,7 +132,7 @@ class Decoder:
                 yield from _clip_views(clip, kept, info, boxes)
             elif clip == 0:
                 raise NoFrames(
-                    f"The video gives {num_picked} frames at clips.fps {self._clips.fps}, fewer than one clip of "
+                    f"the video gives {num_picked} frames at clips.fps {self._clips.fps}, fewer than one clip of "
                     f"{self._clip_frames}, and clips.short_clips drops short ones. Set it to 'keep'."
                 )
         except SampleError as error:
@@ -164,7 +164,7 @@ def media_kind(media: Member) -> str:
     if kind is None:
         kind = media_kind_of_extension(media.name.rpartition("/")[2])
     if kind is None:
-        raise MediaUnsupported(f"Neither a picture nor a video; it begins with {(media.payload or b'')[:12]!r}.")
+        raise MediaUnsupported(f"neither a picture nor a video; it begins with {(media.payload or b'')[:12]!r}.")
     return kind
 
 

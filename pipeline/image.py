@@ -78,7 +78,7 @@ def decode_picture(payload: bytes, limits: LimitsSpec, *, keep_truncated: bool =
     Size limits are checked from the header, before pixels take memory.  With `keep_truncated` a picture that ends
     early is returned as far as it goes, with a warning.  Raises a DecodeError or LimitError."""
     if not payload:
-        raise MediaTruncated("The picture is empty (0 bytes). Copy it again.")
+        raise MediaTruncated("the picture is empty (0 bytes). Copy it again.")
     if payload.startswith(b"\xff\xd8\xff"):
         return _decode_jpeg(payload, limits, keep_truncated)
     if payload.startswith(png.SIGNATURE):
@@ -87,7 +87,7 @@ def decode_picture(payload: bytes, limits: LimitsSpec, *, keep_truncated: bool =
         if payload.startswith(magic, offset):
             return _decode_other(payload, image_class, limits, keep_truncated)
     raise MediaUnsupported(
-        f"No picture format that can be decoded; it begins with {payload[:12]!r}. "
+        f"no picture format that can be decoded; it begins with {payload[:12]!r}. "
         "Convert it to JPEG, PNG, WebP, GIF, TIFF, BMP, AVIF or JPEG 2000."
     )
 
@@ -96,13 +96,13 @@ def check_size(width: int, height: int, limits: LimitsSpec, *, what: str = "pict
     """Raise ImageTooLarge or ImageTooSmall for a declared size outside of the limits."""
     if width * height > limits.max_pixels:
         raise ImageTooLarge(
-            f"The {what} declares {width} x {height} = {width * height:,} pixels, "
+            f"the {what} declares {width} x {height} = {width * height:,} pixels, "
             f"over limits.max_pixels ({limits.max_pixels:,})."
         )
     if max(width, height) > limits.max_side:
-        raise ImageTooLarge(f"The {what} declares {width} x {height}, over limits.max_side ({limits.max_side:,}).")
+        raise ImageTooLarge(f"the {what} declares {width} x {height}, over limits.max_side ({limits.max_side:,}).")
     if min(width, height) < limits.min_side:
-        raise ImageTooSmall(f"The {what} is {width} x {height}, under limits.min_side ({limits.min_side}).")
+        raise ImageTooSmall(f"the {what} is {width} x {height}, under limits.min_side ({limits.min_side}).")
 
 
 def _decode_jpeg(payload: bytes, limits: LimitsSpec, keep_truncated: bool) -> Picture:
@@ -132,13 +132,13 @@ def _simplejpeg(payload: bytes, header: JpegHeader, *, strict: bool) -> Picture:
         to_srgb = colour.srgb_transform(header.profile, mode) if header.profile else None
         return Picture(pixels_HWC, header.orientation, to_srgb)
     if message.startswith("Premature end of JPEG file"):
-        raise MediaTruncated("The JPEG ends before its last row. Copy it again.")
+        raise MediaTruncated("the JPEG ends before its last row. Copy it again.")
     if "subsampling" in message:  # 4:1:0 and other layouts that TurboJPEG does not know
         image = _load(JpegImagePlugin.JpegImageFile(io.BytesIO(payload)), "JPEG")
         return _picture(image, header.orientation, header.profile)
     if "nsupported" in message:
-        raise MediaUnsupported(f"The JPEG cannot be decoded: {message}. Convert it to baseline JPEG.")
-    raise MediaCorrupt(f"The JPEG is damaged: {message}. Replace the file.")
+        raise MediaUnsupported(f"the JPEG cannot be decoded: {message}. Convert it to baseline JPEG.")
+    raise MediaCorrupt(f"the JPEG is damaged: {message}. Replace the file.")
 
 
 def _decode_png(payload: bytes, limits: LimitsSpec, keep_truncated: bool) -> Picture:
@@ -146,7 +146,7 @@ def _decode_png(payload: bytes, limits: LimitsSpec, keep_truncated: bool) -> Pic
     check_size(parts.width, parts.height, limits)
     warnings: list[SampleError] = []
     if parts.truncated:
-        message = f"The PNG ends at byte {len(payload):,}, before its closing chunk. Copy it again."
+        message = f"the PNG ends at byte {len(payload):,}, before its closing chunk. Copy it again."
         if not keep_truncated:
             raise MediaTruncated(message)
         warnings.append(MediaTruncatedKept(message))
@@ -163,7 +163,7 @@ def _decode_other(
     if (early := _declared_size(payload)) is not None:
         check_size(*early, limits)
     if name == "WEBP" and struct.unpack_from("<I", payload, 4)[0] + 8 > len(payload):
-        raise MediaTruncated(f"The WebP ends at byte {len(payload):,}, before its last chunk. Copy it again.")
+        raise MediaTruncated(f"the WebP ends at byte {len(payload):,}, before its last chunk. Copy it again.")
     image = _open(image_class, payload, name)
     check_size(*image.size, limits)
     # Pillow turns a TIFF while loading it; its EXIF block then still holds the old orientation.
@@ -226,8 +226,8 @@ def _load(image: ImageFile.ImageFile, name: str, *, partly: bool = False) -> Ima
 def _explain(error: Exception, name: str) -> DecodeError:
     message = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     if isinstance(error, EOFError) or "truncated" in message.lower():
-        return MediaTruncated(f"The {name} ends before its last row ({message}). Copy it again.")
-    return MediaCorrupt(f"The {name} cannot be decoded ({message}). Replace the file or convert it.")
+        return MediaTruncated(f"the {name} ends before its last row ({message}). Copy it again.")
+    return MediaCorrupt(f"the {name} cannot be decoded ({message}). Replace the file or convert it.")
 
 
 def _picture(image: ImageFile.ImageFile, orientation: int, profile: bytes | None) -> Picture:
@@ -237,5 +237,5 @@ def _picture(image: ImageFile.ImageFile, orientation: int, profile: bytes | None
     try:
         pixels_HWC = colour.to_rgb(image)
     except ValueError as error:
-        raise MediaUnsupported(f"The {image.format} cannot be shown in 8 bits: {error}. Convert it.") from error
+        raise MediaUnsupported(f"the {image.format} cannot be shown in 8 bits: {error}. Convert it.") from error
     return Picture(pixels_HWC, orientation, colour.srgb_transform(profile, mode) if profile else None)

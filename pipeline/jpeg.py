@@ -44,29 +44,29 @@ def read_jpeg_header(payload: bytes) -> JpegHeader:
         while position >= 0 and payload[position + 1 : position + 2] == b"\xff":
             position += 1
         if position < 0 or position + 4 > len(payload):
-            raise MediaTruncated(f"The JPEG ends at byte {len(payload):,}, before its first scan. Copy it again.")
+            raise MediaTruncated(f"the JPEG ends at byte {len(payload):,}, before its first scan. Copy it again.")
         marker = payload[position + 1]
         if marker in _STANDALONE or marker == 0:
             position += 2
             continue
         if marker == 0xD9:
-            raise MediaCorrupt(f"The JPEG closes at byte {position:,} without any scan. Replace the file.")
+            raise MediaCorrupt(f"the JPEG closes at byte {position:,} without any scan. Replace the file.")
         (length,) = struct.unpack_from(">H", payload, position + 2)
         start, end = position + 4, position + 2 + length
         if length < 2:
-            raise MediaCorrupt(f"The JPEG segment at byte {position:,} declares {length} bytes. Replace the file.")
+            raise MediaCorrupt(f"the JPEG segment at byte {position:,} declares {length} bytes. Replace the file.")
         if end > len(payload):
-            raise MediaTruncated(f"The JPEG ends at byte {len(payload):,}, inside its header. Copy it again.")
+            raise MediaTruncated(f"the JPEG ends at byte {len(payload):,}, inside its header. Copy it again.")
         if marker == 0xDA:
             if not header.channels:
-                raise MediaCorrupt(f"The JPEG has a scan at byte {position:,} but no frame header. Replace the file.")
+                raise MediaCorrupt(f"the JPEG has a scan at byte {position:,} but no frame header. Replace the file.")
             header.profile = _join_profile(profile_parts)
             return header
         if marker in _DECODABLE_FRAMES and not header.channels:
             _read_frame_header(payload, start, end, header)
         elif marker in _OTHER_FRAMES:
             raise MediaUnsupported(
-                f"The JPEG is lossless or hierarchical (marker FF{marker:02X}). Convert it to baseline JPEG."
+                f"the JPEG is lossless or hierarchical (marker FF{marker:02X}). Convert it to baseline JPEG."
             )
         elif marker == 0xE1 and header.orientation == 1 and payload.startswith(b"Exif\0\0", start):
             header.orientation = exif_orientation(payload[start + 6 : end])
@@ -75,7 +75,7 @@ def read_jpeg_header(payload: bytes) -> JpegHeader:
         elif marker == 0xEE and payload.startswith(b"Adobe", start):
             header.adobe = True
         position = end
-    raise MediaCorrupt(f"The JPEG has more than {_MAX_SEGMENTS:,} segments before its first scan. Replace the file.")
+    raise MediaCorrupt(f"the JPEG has more than {_MAX_SEGMENTS:,} segments before its first scan. Replace the file.")
 
 
 def exif_orientation(exif: bytes) -> int:
@@ -97,15 +97,15 @@ def exif_orientation(exif: bytes) -> int:
 
 def _read_frame_header(payload: bytes, start: int, end: int, header: JpegHeader) -> None:
     if end - start < 6:
-        raise MediaCorrupt(f"The JPEG frame header at byte {start:,} is too short. Replace the file.")
+        raise MediaCorrupt(f"the JPEG frame header at byte {start:,} is too short. Replace the file.")
     precision, header.height, header.width, header.channels = struct.unpack_from(">BHHB", payload, start)
     if precision != 8:
-        raise MediaUnsupported(f"The JPEG has {precision} bits a sample, only 8 can be decoded. Convert it.")
+        raise MediaUnsupported(f"the JPEG has {precision} bits a sample, only 8 can be decoded. Convert it.")
     if header.height == 0:
-        raise MediaUnsupported("The JPEG names its height only after the first scan. Save it again.")
+        raise MediaUnsupported("the JPEG names its height only after the first scan. Save it again.")
     if header.width == 0 or header.channels not in (1, 3, 4):
         raise MediaCorrupt(
-            f"The JPEG declares a width of {header.width} and {header.channels} components. Replace the file."
+            f"the JPEG declares a width of {header.width} and {header.channels} components. Replace the file."
         )
 
 

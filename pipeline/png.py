@@ -34,9 +34,9 @@ def read_png(payload: bytes) -> PngParts:
 
     Raises MediaCorrupt for a wrong checksum or order, MediaTruncated where not even the size is there."""
     if payload[12:16] != b"IHDR" and len(payload) >= 16:
-        raise MediaCorrupt("The PNG does not begin with its header chunk. Replace the file.")
+        raise MediaCorrupt("the PNG does not begin with its header chunk. Replace the file.")
     if len(payload) < 33:
-        raise MediaTruncated(f"The PNG ends at byte {len(payload):,}, inside its header. Copy it again.")
+        raise MediaTruncated(f"the PNG ends at byte {len(payload):,}, inside its header. Copy it again.")
     width, height = struct.unpack_from(">II", payload, 16)
     parts = PngParts(width, height, b"")
     kept: list[bytes | memoryview] = [SIGNATURE]
@@ -57,7 +57,7 @@ def read_png(payload: bytes) -> PngParts:
             (declared,) = struct.unpack_from(">I", payload, end - 4)
             if zlib.crc32(view[position + 4 : end - 4]) != declared:
                 raise MediaCorrupt(
-                    f"The PNG chunk {kind.decode()} at byte {position:,} has a wrong checksum. Replace the file."
+                    f"the PNG chunk {kind.decode()} at byte {position:,} has a wrong checksum. Replace the file."
                 )
             kept.append(view[position:end])
         elif kind == b"eXIf":

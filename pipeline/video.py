@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 import av
 import av.error
@@ -82,7 +82,7 @@ class Deadline:
         """Raise DecodeTimeout when the time is used up."""
         if time.monotonic() - self._started > self._limit_seconds:
             raise DecodeTimeout(
-                f"Decoding took longer than limits.decode_timeout_seconds ({self._limit_seconds:g}). "
+                f"decoding took longer than limits.decode_timeout_seconds ({self._limit_seconds:g}). "
                 "Raise the limit, or make the video shorter or smaller."
             )
 
@@ -142,7 +142,7 @@ def pick_frames(
                 yield PickedFrame(clock.seconds(waiting[0]), waiting[1], info)
             waiting = tick, frame
         if info is None or waiting is None:
-            raise NoFrames("The container opens but not one frame comes out. Replace the file.")
+            raise NoFrames("the container opens but not one frame comes out. Replace the file.")
         tick, frame = waiting
         if clock.slot(tick) < clock.slot(tick + clock.duration(frame)):
             yield PickedFrame(clock.seconds(tick), frame, info)
@@ -203,7 +203,7 @@ class _Clock:
             state = "no time" if frame.pts is None else "a time that is not after the one before"
             warnings.append(
                 FrameTimesMissing(
-                    f"A frame has {state}: times from {self.seconds(tick):.3f} s on are made up from the rate of the "
+                    f"a frame has {state}: times from {self.seconds(tick):.3f} s on are made up from the rate of the "
                     f"stream, one frame in {float(self._step * self._tick):.4f} s."
                 )
             )
@@ -238,15 +238,15 @@ def _open(payload: bytes) -> InputContainer:
         return av.open(io.BytesIO(payload), mode="r", options=_OPTIONS, metadata_errors="replace")
     except av.error.FFmpegError as error:
         if not payload:
-            raise MediaTruncated("The video is empty (0 bytes). Copy it again.") from error
+            raise MediaTruncated("the video is empty (0 bytes). Copy it again.") from error
         if missing := missing_bytes(payload):
             raise MediaTruncated(
-                f"The video ends {missing:,} bytes before its container says, and its index is gone. Copy it again."
+                f"the video ends {missing:,} bytes before its container says, and its index is gone. Copy it again."
             ) from error
         if isinstance(error, av.error.InvalidDataError) and payload[4:8] == b"ftyp":
-            raise MediaCorrupt("The video container cannot be read. Replace the file.") from error
+            raise MediaCorrupt("the video container cannot be read. Replace the file.") from error
         raise MediaUnsupported(
-            f"No video container that can be read; it begins with {payload[:12]!r}. "
+            f"no video container that can be read; it begins with {payload[:12]!r}. "
             "Convert it to MP4, MOV, WebM, Matroska, AVI or MPEG-TS."
         ) from error
 
@@ -257,12 +257,12 @@ def _film(container: InputContainer) -> VideoStream:
         if stream.disposition & (Disposition.attached_pic | Disposition.timed_thumbnails):
             continue
         if stream.codec_context is None:
-            raise MediaUnsupported("The video track has an unknown codec. Convert it to H.264 or VP9.")
+            raise MediaUnsupported("the video track has an unknown codec. Convert it to H.264 or VP9.")
         stream.codec_context.thread_count = 1
         stream.codec_context.thread_type = "NONE"
         return stream
     kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "no track at all"
-    raise NoFrames(f"The container holds no film ({kinds}). Leave the sample out or replace the file.")
+    raise NoFrames(f"the container holds no film ({kinds}). Leave the sample out or replace the file.")
 
 
 def _check_header(container: InputContainer, stream: VideoStream, limits: LimitsSpec) -> None:
@@ -271,7 +271,7 @@ def _check_header(container: InputContainer, stream: VideoStream, limits: Limits
         check_size(codec.width, codec.height, limits, what="video")
     if stream.frames > limits.max_video_frames:
         raise VideoTooLong(
-            f"The video declares {stream.frames:,} frames, over limits.max_video_frames ({limits.max_video_frames:,})."
+            f"the video declares {stream.frames:,} frames, over limits.max_video_frames ({limits.max_video_frames:,})."
         )
     seconds = None
     if stream.duration is not None and stream.time_base is not None:
@@ -280,7 +280,7 @@ def _check_header(container: InputContainer, stream: VideoStream, limits: Limits
         seconds = container.duration / _MICROSECONDS
     if seconds is not None and seconds > limits.max_video_seconds:
         raise VideoTooLong(
-            f"The video declares {seconds:,.1f} seconds, over limits.max_video_seconds ({limits.max_video_seconds:g})."
+            f"the video declares {seconds:,.1f} seconds, over limits.max_video_seconds ({limits.max_video_seconds:g})."
         )
 
 
@@ -297,46 +297,46 @@ def _decode(
                 deadline.check()
                 num_frames += 1
                 if num_frames > limits.max_video_frames:
-                    raise VideoTooLong(f"The video has more frames than limits.max_video_frames ({num_frames - 1:,}).")
+                    raise VideoTooLong(f"the video has more frames than limits.max_video_frames ({num_frames - 1:,}).")
                 if frame.is_corrupt:
-                    raise MediaCorrupt(f"Frame {num_frames} is damaged, by its decoder's own word. Replace the file.")
+                    raise MediaCorrupt(f"frame {num_frames} is damaged, by its decoder's own word. Replace the file.")
                 yield frame
     except (SampleError, MemoryError):
         raise
     except av.error.DecoderNotFoundError as error:
-        raise MediaUnsupported("The video has a codec that cannot be decoded. Convert it to H.264 or VP9.") from error
+        raise MediaUnsupported("the video has a codec that cannot be decoded. Convert it to H.264 or VP9.") from error
     except Exception as error:
         raise _explain(error, payload, num_frames) from error
     if missing := missing_bytes(payload):
         raise MediaTruncated(
-            f"The video ends {missing:,} bytes before its container says, after {num_frames:,} frames. Copy it again."
+            f"the video ends {missing:,} bytes before its container says, after {num_frames:,} frames. Copy it again."
         )
     # Other containers count differently: AVI, for one, counts dropped frames.
     if container.format.name.startswith("mov") and num_packets < stream.frames:
         raise MediaTruncated(
-            f"The video declares {stream.frames:,} frames but holds the data of {num_packets:,}. Copy it again."
+            f"the video declares {stream.frames:,} frames but holds the data of {num_packets:,}. Copy it again."
         )
 
 
 def _explain(error: Exception, payload: bytes, num_frames: int) -> DecodeError:
     if missing := missing_bytes(payload):
         return MediaTruncated(
-            f"The video ends {missing:,} bytes before its container says, after {num_frames:,} frames. Copy it again."
+            f"the video ends {missing:,} bytes before its container says, after {num_frames:,} frames. Copy it again."
         )
     reason = str(error).split(":")[0] or type(error).__name__
-    return MediaCorrupt(f"Decoding stops after {num_frames:,} frames: {reason}. Replace the file.")
+    return MediaCorrupt(f"decoding stops after {num_frames:,} frames: {reason}. Replace the file.")
 
 
 def _check_frame(frame: VideoFrame, info: VideoInfo, clock: _Clock, tick: int, limits: LimitsSpec) -> None:
     if (frame.width, frame.height) != info.stored_size:
         width, height = info.stored_size
         raise MediaUnsupported(
-            f"The picture changes from {width} x {height} to {frame.width} x {frame.height} at "
+            f"the picture changes from {width} x {height} to {frame.width} x {frame.height} at "
             f"{clock.seconds(tick):.3f} s. Split the video there."
         )
     if clock.since_start(tick) > limits.max_video_seconds:
         raise VideoTooLong(
-            f"A frame stands at {clock.since_start(tick):,.1f} seconds, over limits.max_video_seconds "
+            f"a frame stands at {clock.since_start(tick):,.1f} seconds, over limits.max_video_seconds "
             f"({limits.max_video_seconds:g})."
         )
 
@@ -358,8 +358,10 @@ def _describe(frame: VideoFrame, stream: VideoStream, limits: LimitsSpec) -> Vid
 
 def _orientation(frame: VideoFrame) -> int:
     """Return the EXIF orientation of the frame's display matrix; 1 where it has none or an oblique one."""
-    matrix = frame.side_data.get(SideDataType.DISPLAYMATRIX)
-    if matrix is None:
+    side_data: Any = frame.side_data  # typed wrongly in PyAV's stubs
+    try:
+        matrix = side_data[SideDataType.DISPLAYMATRIX]
+    except KeyError:
         return 1
     a, b, _, c, d = struct.unpack_from("=5i", bytes(matrix))
     return _ORIENTATIONS.get((_sign(a), _sign(b), _sign(c), _sign(d)), 1)
