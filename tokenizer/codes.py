@@ -42,13 +42,13 @@ def pack_bits(bits_BNL: Array) -> Array:
     _require_bool(bits_BNL)
     if bits_BNL.ndim != 3 or not 1 <= bits_BNL.shape[2] <= MAX_BITS:
         raise SpecError(f"bits have shape {tuple(bits_BNL.shape)}; expected [rows, tokens, 1 to {MAX_BITS} bits].")
+    num_rows, num_bits = bits_BNL.shape[0], bits_BNL.shape[1] * bits_BNL.shape[2]
     if isinstance(bits_BNL, np.ndarray):
-        bits_BM = bits_BNL[..., ::-1].reshape(len(bits_BNL), -1)
-        return np.packbits(bits_BM, axis=1, bitorder="little")
-    flat_BM = bits_BNL.flip(-1).flatten(1)
-    octets_BO8 = F.pad(flat_BM, (0, -flat_BM.shape[1] % 8)).reshape(len(flat_BM), -1, 8)
+        return np.packbits(bits_BNL[..., ::-1].reshape(num_rows, num_bits), axis=1, bitorder="little")
+    padded_BM = F.pad(bits_BNL.flip(-1).reshape(num_rows, num_bits), (0, -num_bits % 8))
+    octets_BO8 = padded_BM.reshape(num_rows, padded_BM.shape[1] // 8, 8).to(torch.uint8)
     shifts_8 = torch.arange(8, dtype=torch.uint8, device=bits_BNL.device)
-    packed_BO: Tensor = (octets_BO8.to(torch.uint8) << shifts_8).sum(-1, dtype=torch.uint8)
+    packed_BO: Tensor = (octets_BO8 << shifts_8).sum(-1, dtype=torch.uint8)
     return packed_BO
 
 
@@ -88,13 +88,13 @@ def bits_to_groups(bits: Array, group_size: int) -> Array:
     """Indices int64 [..., G] of each `group_size` neighbouring bits of [..., L]; group 0 holds the highest bits."""
     if bits.ndim < 1 or group_size < 1 or bits.shape[-1] % group_size:
         raise SpecError(f"bits have shape {tuple(bits.shape)}; the last axis must be a multiple of {group_size}.")
-    return bits_to_indices(bits.reshape(*bits.shape[:-1], -1, group_size))
+    return bits_to_indices(bits.reshape(*bits.shape[:-1], bits.shape[-1] // group_size, group_size))
 
 
 def groups_to_bits(groups: Array, group_size: int) -> Array:
     """Bool bits [..., L] of group indices [..., G]."""
     bits = indices_to_bits(groups, group_size)
-    return bits.reshape(*groups.shape[:-1], -1)
+    return bits.reshape(*groups.shape[:-1], groups.shape[-1] * group_size)
 
 
 def pack_indices(indices_BN: Array, bits_per_token: int) -> Array:
@@ -145,7 +145,7 @@ def _unpack_words(
             np.bitwise_and(
                 words_BP >> shift, mask, out=indices_BPJ[first : first + BLOCK_ROWS, :, token], casting="unsafe"
             )
-    indices_BN = indices_BPJ.reshape(num_rows, -1)
+    indices_BN = indices_BPJ.reshape(num_rows, num_periods * period_tokens)
     return indices_BN if indices_BN.shape[1] == num_tokens else np.ascontiguousarray(indices_BN[:, :num_tokens])
 
 

@@ -160,11 +160,6 @@ class BSQViTConfig:
         """Values of one patch: 3 channels of patch_size x patch_size pixels."""
         return 3 * self.patch_size * self.patch_size
 
-    @property
-    def code_magnitude(self) -> float:
-        """Absolute value of every channel of a code."""
-        return 1 / math.sqrt(self.bits_per_token) if self.post_q_l2_norm else 1.0
-
     def packed_bytes(self, num_frames: int) -> int:
         """Bytes of the packed tokens of one clip."""
         return math.ceil(num_frames * self.tokens_per_frame * self.bits_per_token / 8)

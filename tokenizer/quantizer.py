@@ -16,7 +16,7 @@ from tokenizer.codes import indices_to_bits
 from tokenizer.config import QuantizerLossConfig
 
 LOG_FLOOR = 1e-8
-"""Added to a probability before its logarithm, as in the reference: one that underflowed to 0 keeps its gradient finite."""
+"""Added to a probability before its logarithm, as in the reference; one that underflowed to 0 keeps a finite slope."""
 
 
 class QuantizerLosses(NamedTuple):
