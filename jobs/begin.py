@@ -1,0 +1,155 @@
+"""Begins a job: resolves what the user asked for, and creates the output or recognises it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from pipeline.sources import expand_shards
+
+from pipeline.dataset_files import JOB_NAME, plan_name, read_job, read_plan, serialise_plan
+from pipeline.encode import STUB_NAME, stub_record
+from pipeline.storage import Storage, printable_url
+from schemas.errors import FingerprintDiffers, OutputNotOurs, Refused, SpecError
+from schemas.fingerprint import differing_fields, fingerprint, fingerprint_fields
+from schemas.job import Job, TokenizerRecord
+from schemas.jobspec import JobSpec
+from tokenizer.checkpoint import CheckpointFiles, read_checkpoint
+
+STUB_IMAGE_SIZE = 256
+STUB_MAX_FRAMES = 16
+# What a job that was killed while it began may have left behind; anything else in a folder is not ours.
+_BEGINNINGS = ("lease.json", "tokenizer/", "plan/", "logs/")
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """A job that is about to begin, or to go on."""
+
+    job: Job
+    urls: list[str]
+    """URLs to read from, credentials included; position is the shard's number."""
+    checkpoint: CheckpointFiles | None
+    """None for the stub encoder."""
+
+
+def created_by() -> str:
+    """`bsqtok 0.1.0`"""
+    try:
+        return f"bsqtok {version('bsqtok')}"
+    except PackageNotFoundError:
+        return "bsqtok (not installed)"
+
+
+def resolve(spec: JobSpec, *, gpus: bool, storage_options: dict[str, Any]) -> Beginning:
+    """Make every choice of the spec concrete, expand its URLs and compute the fingerprint.
+
+    Raises SpecError or CheckpointError."""
+    urls = expand_shards(list(spec.shards), storage_options)
+    checkpoint = None
+    if spec.tokenizer == STUB_NAME:
+        size = spec.preprocess.size if isinstance(spec.preprocess.size, int) else STUB_IMAGE_SIZE
+        frames = spec.clips.clip_frames if isinstance(spec.clips.clip_frames, int) else STUB_MAX_FRAMES
+        record = stub_record(size, frames)
+    else:
+        checkpoint = read_checkpoint(spec.tokenizer, storage_options=storage_options)
+        config = checkpoint.config()
+        weight_sha256 = checkpoint.weight_sha256()
+        record = TokenizerRecord(
+            name=printable_url(spec.tokenizer),
+            config=config.to_json_dict(),
+            weight_sha256=weight_sha256,
+            folder=f"tokenizer/{weight_sha256[:8]}",
+            bits=config.bits_per_token,
+            group_size=config.group_size,
+            patch_size=config.patch_size,
+            grid=config.grid,
+        )
+    resolved = _concrete(spec, record, gpus=gpus)
+    fields = fingerprint_fields(resolved, record.config, record.weight_sha256)
+    printable = [printable_url(url) for url in urls]
+    job = Job(
+        fingerprint=fingerprint(fields),
+        fingerprint_fields=fields,
+        spec=resolved.model_copy(
+            update={"shards": tuple(printable_url(pattern) for pattern in spec.shards), "out": printable_url(spec.out)}
+        ),
+        tokenizer=record,
+        plan_sha256=hashlib.sha256(serialise_plan(printable)).hexdigest(),
+        created_by=created_by(),
+    )
+    return Beginning(job, urls, checkpoint)
+
+
+def recognise(storage: Storage, beginning: Beginning) -> Job | None:
+    """Return the job that the output already holds, if it is this one; None where there is nothing yet.
+
+    Raises FingerprintDiffers, Refused (other shards) or OutputNotOurs."""
+    existing = read_job(storage)
+    job = beginning.job
+    if existing is None:
+        names = storage.list("", recursive=False)
+        strangers = [name for name in names if not name.startswith(_BEGINNINGS)]
+        if strangers or storage.list("tokens", recursive=True):
+            raise OutputNotOurs(
+                f"{storage.url}: the folder holds {(strangers or ['tokens/'])[0]!r} but no {JOB_NAME}; it is no bsqtok "
+                f"dataset. Choose an empty or new folder."
+            )
+        return None
+    if existing.fingerprint != job.fingerprint:
+        differences = differing_fields(job.fingerprint_fields, existing.fingerprint_fields)
+        raise FingerprintDiffers(
+            f"{storage.url}: holds tokens made with other settings ({'; '.join(differences[:4])}). "
+            f"Choose another folder, or ask for the same settings to go on with this one."
+        )
+    if existing.plan_sha256 != job.plan_sha256:
+        planned = set(read_plan(storage, 0)["url"].to_pylist())
+        asked = {printable_url(url) for url in beginning.urls}
+        raise Refused(
+            f"{storage.url}: was begun with other shards ({len(asked - planned)} of those asked for are not in it, "
+            f"{len(planned - asked)} of it are not asked for). Use `bsq resume` to finish it as it is, or tokenize the "
+            f"other shards into another folder."
+        )
+    return existing
+
+
+def write_beginning(storage: Storage, beginning: Beginning) -> None:
+    """Create the output: tokenizer, plan, and last job.json.  Without that file there is nothing yet."""
+    job = beginning.job
+    if beginning.checkpoint is not None:
+        storage.publish(f"{job.tokenizer.folder}/config.json", beginning.checkpoint.config_json)
+        storage.publish(f"{job.tokenizer.folder}/model.safetensors", beginning.checkpoint.model_safetensors)
+    storage.publish(plan_name(0), serialise_plan([printable_url(url) for url in beginning.urls]))
+    storage.publish(JOB_NAME, json.dumps(job.model_dump(mode="json"), indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def _concrete(spec: JobSpec, record: TokenizerRecord, *, gpus: bool) -> JobSpec:
+    image_size, max_frames = record.config["image_size"], record.config["max_frames"]
+    size = spec.preprocess.size
+    if size == "tokenizer":
+        size = image_size
+    elif size != image_size:
+        raise SpecError(
+            f"preprocess.size is {size}, but the tokenizer {record.name} was trained at {image_size}. "
+            f"Leave size out, or choose another tokenizer."
+        )
+    clip_frames = spec.clips.clip_frames
+    if clip_frames == "tokenizer":
+        clip_frames = max_frames
+    elif clip_frames > max_frames:
+        raise SpecError(
+            f"clips.clip_frames is {clip_frames}, but the tokenizer {record.name} encodes at most {max_frames} frames "
+            f"together. Ask for {max_frames} or fewer."
+        )
+    stride = clip_frames if spec.clips.stride == "clip" else spec.clips.stride
+    dtype = spec.dtype if spec.dtype != "auto" else ("bfloat16" if gpus else "float32")
+    return spec.model_copy(
+        update={
+            "preprocess": spec.preprocess.model_copy(update={"size": size}),
+            "clips": spec.clips.model_copy(update={"clip_frames": clip_frames, "stride": stride}),
+            "dtype": dtype,
+        }
+    )

@@ -1,0 +1,552 @@
+"""The driver: what is left, who does it, when it is done.  Read this file first.
+
+It holds a bitmap over shards and what is in flight, and nothing per sample.  Every decision follows from the ledger,
+so a driver that is killed at any moment is replaced by the next."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import heapq
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from types import FrameType
+from typing import Any, Literal
+
+from jobs.begin import recognise, resolve, write_beginning
+from jobs.commit import LedgerWriter
+from jobs.finish import is_finished, sweep, write_manifest
+from jobs.lease import HeldLease, take_lease
+from jobs.progress import ProgressMeter
+from jobs.runner import Runner, WorkerHandle
+from pipeline.dataset_files import LedgerState, read_job, read_ledger, read_plan
+from pipeline.storage import Storage
+from pipeline.worker import Assignment, ShardCommitted, ShardFailed, WorkerBroken, WorkerSetup
+from schemas.errors import (
+    BsqError,
+    CircuitBreakerOpen,
+    Interrupted,
+    OutputNotOurs,
+    SpecError,
+)
+from schemas.job import Job
+from schemas.jobspec import JobSpec
+from schemas.lease import Progress
+from schemas.ledger import Attempt, GivenUp
+
+RunnerKind = Literal["ray", "local", "in-process"]
+Observer = Callable[[Progress, str | None], None]
+
+SHARDS_IN_FLIGHT = 2
+BREAKER_SHARDS = 20
+"""Shards failed in a row after which the job stops."""
+BREAKER_FIRST_SHARDS = 10
+"""When more than half of the samples of this many first shards fail, the job stops."""
+BACKOFF_SECONDS = 1.0
+BACKOFF_MOST_SECONDS = 60.0
+MAX_BARREN_DEATHS = 3
+"""Deaths of one worker in a row without a single message after which the job stops."""
+DRAIN_SECONDS = 20.0
+WAIT_SECONDS = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class JobOutcome:
+    """How a job ended."""
+
+    exit_code: int
+    progress: Progress
+    lines: list[str]
+    """What a person should know, the remedy last."""
+
+
+def start_job(
+    spec: JobSpec,
+    *,
+    runner: RunnerKind = "ray",
+    ray_address: str | None = None,
+    force: bool = False,
+    observer: Observer | None = None,
+    storage_options: dict[str, Any] | None = None,
+) -> JobOutcome:
+    """Begin the job that `spec` describes and run it to its end; go on with it where the output holds it already.
+
+    Raises BsqError: SpecError and CheckpointError before anything is written, Refused when the output is not this
+    job's, CircuitBreakerOpen and Interrupted with everything committed kept."""
+    options = storage_options or {}
+    if not spec.out:
+        raise SpecError("no output is given. Name a folder or URL with --out.")
+    if not spec.shards:
+        raise SpecError("no shards are given. Name tar files or URLs, such as photos-{000..127}.tar.")
+    beginning = resolve(spec, gpus=_has_gpus(spec.device, ray_address), storage_options=options)
+    storage = Storage(spec.out, options)
+    recognise(storage, beginning)
+    with _holding_lease(storage, force=force) as lease:
+        # Another driver may have begun or finished the job between the first look and the lease.
+        job = recognise(storage, beginning)
+        if job is None:
+            write_beginning(storage, beginning)
+            job = beginning.job
+        run = _Execution(spec, runner, ray_address, options)
+        return _run_generation(storage, job, beginning.urls, lease, run, observer)
+
+
+def resume_job(
+    out: str,
+    *,
+    runner: RunnerKind = "ray",
+    ray_address: str | None = None,
+    force: bool = False,
+    workers: int | None = None,
+    batch: int | None = None,
+    observer: Observer | None = None,
+    storage_options: dict[str, Any] | None = None,
+) -> JobOutcome:
+    """Go on with the job in `out`.  Loads no model and starts no worker when nothing is left.
+
+    Raises OutputNotOurs when there is no job, LeaseHeld when another driver may be alive."""
+    options = storage_options or {}
+    storage = Storage(out, options)
+    job = read_job(storage)
+    if job is None:
+        raise OutputNotOurs(f"{storage.url}: there is no job here to resume. Begin one with `bsq tokenize`.")
+    changes = {name: value for name, value in (("workers", workers), ("batch", batch)) if value is not None}
+    spec = job.spec.model_copy(update={"out": out, "run": job.spec.run.model_copy(update=changes)})
+    with _holding_lease(storage, force=force) as lease:
+        urls = read_plan(storage, 0)["url"].to_pylist()
+        run = _Execution(spec, runner, ray_address, options)
+        return _run_generation(storage, job, urls, lease, run, observer)
+
+
+@dataclass(frozen=True, slots=True)
+class _Execution:
+    """How workers are to be run."""
+
+    spec: JobSpec
+    kind: RunnerKind
+    ray_address: str | None
+    storage_options: dict[str, Any]
+
+
+def _run_generation(
+    storage: Storage,
+    job: Job,
+    urls: list[str],
+    lease: HeldLease,
+    execution: _Execution,
+    observer: Observer | None,
+) -> JobOutcome:
+    generation = 0
+    began = time.time()
+    storage.sweep_temporaries(older_than=began)
+    ledger = read_ledger(storage, generation)
+    driver = Driver(storage, job, urls, ledger, lease, execution.spec, observer)
+    if driver.has_work:
+        runner = _make_runner(storage, job, execution, driver.num_left)
+        try:
+            driver.run(runner)
+        finally:
+            runner.close()
+        ledger = read_ledger(storage, generation)
+    if not is_finished(storage, generation):
+        write_manifest(storage, job, ledger, generation)
+    if driver.leaves_strays:
+        sweep(storage, ledger)
+    return driver.outcome(ledger)
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One worker and what it works on."""
+
+    handle: WorkerHandle
+    in_flight: dict[int, Assignment] = field(default_factory=dict)
+    last_progress: int = -1
+    last_change: float = field(default_factory=time.monotonic)
+    barren_deaths: int = 0
+    drained: bool = False
+
+
+class Driver:
+    """Hands shards to workers until every one is committed or given up."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        job: Job,
+        urls: list[str],
+        ledger: LedgerState,
+        lease: HeldLease,
+        spec: JobSpec,
+        observer: Observer | None,
+    ) -> None:
+        self._storage, self._job, self._urls, self._lease = storage, job, urls, lease
+        self._run_spec = spec.run
+        self._observer = observer or (lambda progress, line: None)
+        self._writer = LedgerWriter(storage, ledger.generation, ledger.next_segment, set(ledger.arithmetic))
+        self._attempts = dict(ledger.attempts)
+        self._resumed = bool(ledger.segments) or bool(storage.list("tokens/0000"))
+        self._open = [
+            shard for shard in range(len(urls)) if (shard, 0) not in ledger.committed and shard not in ledger.given_up
+        ]
+        self.num_left = len(self._open)
+        self._next = 0
+        self._later: list[tuple[float, int]] = []
+        self._slots: dict[int, _Slot] = {}
+        self._meter = ProgressMeter(len(urls), ledger)
+        self._messages: collections.Counter[str] = collections.Counter()
+        self._failed_in_a_row = 0
+        self._first_samples: list[tuple[int, int]] = []
+        self._interrupted = threading.Event()
+        self._observed = 0.0
+        self.leaves_strays = self._resumed
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a shard is neither committed nor given up."""
+        return self.num_left > 0
+
+    def run(self, runner: Runner) -> None:
+        """Run to the end.  Raises CircuitBreakerOpen, Interrupted, LeaseLost, OutputError, or what broke a worker for
+        good; everything committed until then is in the ledger."""
+        with self._signals():
+            try:
+                for number in range(min(runner.num_workers, self.num_left)):
+                    self._slots[number] = _Slot(runner.start_worker(number))
+                while self.num_left:
+                    if self._interrupted.is_set():
+                        self._drain(runner)
+                        raise Interrupted("interrupted; what is committed is kept.")
+                    self._hand_out()
+                    runner.wait(WAIT_SECONDS)
+                    for number in list(self._slots):
+                        self._attend(runner, number)
+                    self._writer.flush_if_due()
+                    self._report()
+                    if self._lease.is_due:
+                        self._lease.renew(self._meter.progress())
+            finally:
+                # Whatever ended the loop, what workers have published deserves its record.
+                self._writer.flush()
+        self._observer(self._meter.progress(), None)
+
+    def outcome(self, ledger: LedgerState) -> JobOutcome:
+        """Sum up: exit code 3 when shards failed or are partial, or too large a share of samples failed."""
+        totals = ledger.totals
+        lines = []
+        for shard, record in sorted(ledger.given_up.items())[:5]:
+            lines.append(f"shard {shard} failed ({record.error}): {record.message}")
+        if len(ledger.given_up) > 5:
+            lines.append(f"... and {len(ledger.given_up) - 5} more shards failed.")
+        if totals.partial:
+            lines.append(f"{totals.partial} damaged shards were committed as far as they could be read.")
+        fraction = totals.failed / totals.samples if totals.samples else 0.0
+        too_many = fraction > self._run_spec.max_failed_fraction
+        if totals.failed:
+            lines.append(
+                f"{totals.failed:,} of {totals.samples:,} samples failed ({fraction:.2%}"
+                + (f", more than the {self._run_spec.max_failed_fraction:.2%} allowed" if too_many else "")
+                + "); `bsq inspect` shows the failure tables."
+            )
+        bad = bool(ledger.given_up) or totals.partial > 0 or too_many
+        return JobOutcome(3 if bad else 0, self._meter.progress(), lines)
+
+    # ---- handing out
+
+    def _hand_out(self) -> None:
+        for slot in self._slots.values():
+            while len(slot.in_flight) < SHARDS_IN_FLIGHT and (shard := self._next_shard()) is not None:
+                attempt = self._attempts.get(shard, 0) + 1
+                assignment = Assignment(shard, attempt, self._urls[shard], adopt=self._resumed or attempt > 1)
+                if not slot.in_flight:
+                    slot.last_change = time.monotonic()
+                slot.in_flight[shard] = assignment
+                slot.handle.assign(assignment)
+
+    def _next_shard(self) -> int | None:
+        if self._later and self._later[0][0] <= time.monotonic():
+            return heapq.heappop(self._later)[1]
+        if self._next < len(self._open):
+            self._next += 1
+            return self._open[self._next - 1]
+        return None
+
+    # ---- listening
+
+    def _attend(self, runner: Runner, number: int) -> None:
+        slot = self._slots[number]
+        for message in slot.handle.take_messages():
+            slot.barren_deaths = 0
+            if isinstance(message, ShardCommitted):
+                self._on_commit(slot, message)
+            elif isinstance(message, ShardFailed):
+                self._on_failed_attempt(slot, message)
+            else:
+                self._on_broken(slot, message)
+        heartbeat = slot.handle.heartbeat()
+        if heartbeat is not None:
+            self._meter.heard(number, heartbeat)
+            if heartbeat.progress != slot.last_progress or not slot.in_flight:
+                slot.last_progress, slot.last_change = heartbeat.progress, time.monotonic()
+        death = slot.handle.death()
+        if death is None and time.monotonic() - slot.last_change > self._run_spec.hang_timeout_seconds:
+            death = self._describe_hang(slot)
+            slot.handle.kill()
+        if death is not None and not slot.drained:
+            self._on_death(runner, number, death)
+
+    def _on_commit(self, slot: _Slot, message: ShardCommitted) -> None:
+        commit = message.commit
+        if slot.in_flight.pop(commit.shard, None) is None:
+            return
+        self._writer.add_arithmetic(commit.arithmetic, message.arithmetic)
+        self._writer.add(commit)
+        self.num_left -= 1
+        self._failed_in_a_row = 0
+        self._meter.committed(commit)
+        if commit.partial:
+            self._say(f"shard {commit.shard}: damaged archive, committed {commit.rows:,} rows read before the damage")
+        if len(self._first_samples) < BREAKER_FIRST_SHARDS:
+            self._first_samples.append((commit.samples, commit.failed))
+            samples, failed = (sum(column) for column in zip(*self._first_samples, strict=True))
+            if len(self._first_samples) == BREAKER_FIRST_SHARDS and failed * 2 > samples:
+                raise CircuitBreakerOpen(
+                    f"{self._storage.url}: {failed:,} of the {samples:,} samples of the first {BREAKER_FIRST_SHARDS} "
+                    f"shards failed. Look at them with `bsq inspect {self._storage.url}` before `bsq resume`."
+                )
+
+    def _on_failed_attempt(self, slot: _Slot, message: ShardFailed) -> None:
+        assignment = slot.in_flight.pop(message.shard, None)
+        if assignment is None:
+            return
+        self.leaves_strays = True
+        self._fail_attempt(
+            assignment,
+            stage=message.stage,
+            error=message.error,
+            message=message.message,
+            worker=slot.handle.name,
+            retryable=message.retryable,
+        )
+
+    def _fail_attempt(
+        self,
+        assignment: Assignment,
+        *,
+        stage: str,
+        error: str,
+        message: str,
+        worker: str,
+        retryable: bool,
+        keys_in_flight: list[str] | None = None,
+    ) -> None:
+        shard = assignment.shard
+        self._writer.add(
+            Attempt(
+                shard=shard,
+                attempt=assignment.attempt,
+                stage=stage,
+                error=error,
+                message=message,
+                keys_in_flight=keys_in_flight or [],
+                worker=worker,
+                at=_now(),
+            )
+        )
+        self._attempts[shard] = self._attempts.get(shard, 0) + 1
+        if retryable and self._attempts[shard] < self._run_spec.max_attempts:
+            delay = min(BACKOFF_SECONDS * 2 ** (self._attempts[shard] - 1), BACKOFF_MOST_SECONDS)
+            # Jitter keeps shards that failed together from coming back together.
+            heapq.heappush(self._later, (time.monotonic() + delay * random.uniform(0.5, 1.0), shard))
+            self._say(f"shard {shard}, attempt {assignment.attempt} failed, will be tried again: {message}")
+            return
+        self._writer.add(GivenUp(shard=shard, attempts=self._attempts[shard], error=error, message=message, at=_now()))
+        self.num_left -= 1
+        self._meter.gave_up()
+        self._messages[message] += 1
+        self._failed_in_a_row += 1
+        self._say(f"shard {shard} failed: {message}")
+        if self._failed_in_a_row >= BREAKER_SHARDS:
+            common = self._messages.most_common(1)[0][0]
+            raise CircuitBreakerOpen(
+                f"{self._storage.url}: {BREAKER_SHARDS} shards failed in a row; the job stops before it burns through "
+                f"the rest. The commonest reason: {common}"
+            )
+
+    def _on_broken(self, slot: _Slot, message: WorkerBroken) -> None:
+        if message.stops_job:
+            raise message.error
+        self._say(f"worker {slot.handle.name}: {message.error}")
+        slot.handle.kill()
+
+    def _on_death(self, runner: Runner, number: int, reason: str) -> None:
+        slot = self._slots[number]
+        self.leaves_strays = True
+        self._say(reason)
+        heartbeat = slot.handle.heartbeat()
+        activities = list(heartbeat.activities.values()) if heartbeat else []
+        for assignment in slot.in_flight.values():
+            self._fail_attempt(
+                assignment,
+                stage="worker",
+                error="WorkerDied",
+                message=reason,
+                worker=slot.handle.name,
+                retryable=True,
+                keys_in_flight=[a.key for a in activities if a.shard == assignment.shard and a.key],
+            )
+        barren = slot.barren_deaths + 1
+        if barren >= MAX_BARREN_DEATHS:
+            raise BsqError(
+                f"{reason}, {barren} times in a row before it did anything. The log in logs/ has the details."
+            )
+        if self.num_left:
+            self._slots[number] = _Slot(runner.start_worker(number), barren_deaths=barren)
+
+    def _describe_hang(self, slot: _Slot) -> str:
+        heartbeat = slot.handle.heartbeat()
+        doing = [
+            f"{item.stage} of shard {item.shard}" + (f", key {item.key!r}" if item.key else "")
+            for item in (heartbeat.activities.values() if heartbeat else [])
+        ]
+        return (
+            f"worker {slot.handle.name} made no progress for {self._run_spec.hang_timeout_seconds:.0f} s and was "
+            f"killed ({'; '.join(doing) or 'it never answered'})"
+        )
+
+    # ---- ending early
+
+    def _drain(self, runner: Runner) -> None:
+        """Let workers finish what they have read, and record what they publish."""
+        self._say("stopping: finishing what has been read; interrupt again to stop at once")
+        for slot in self._slots.values():
+            slot.drained = True
+            slot.handle.drain()
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while time.monotonic() < deadline and any(slot.handle.death() is None for slot in self._slots.values()):
+            runner.wait(WAIT_SECONDS)
+            for slot in self._slots.values():
+                for message in slot.handle.take_messages():
+                    if isinstance(message, ShardCommitted):
+                        self._on_commit(slot, message)
+        self._writer.flush()
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """First SIGINT or SIGTERM asks for a clean stop, the second stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            if self._interrupted.is_set():
+                os._exit(Interrupted.exit_code)
+            self._interrupted.set()
+
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # ---- telling
+
+    def _say(self, line: str) -> None:
+        self._observer(self._meter.progress(), line)
+
+    def _report(self) -> None:
+        if time.monotonic() - self._observed > 0.5:
+            self._observed = time.monotonic()
+            self._observer(self._meter.progress(), None)
+
+
+@contextlib.contextmanager
+def _holding_lease(storage: Storage, *, force: bool) -> Iterator[HeldLease]:
+    lease = take_lease(storage, force=force)
+    try:
+        yield lease
+    finally:
+        with contextlib.suppress(BsqError):
+            lease.release()
+
+
+def _make_runner(storage: Storage, job: Job, execution: _Execution, num_shards: int) -> Runner:
+    run = execution.spec.run
+    gpus = _count_gpus(execution.spec.device, execution.ray_address)
+    num_workers = min(run.workers or gpus or 1, num_shards)
+    if gpus and num_workers > gpus:
+        raise SpecError(f"{num_workers} workers were asked for, but there are {gpus} GPUs. Ask for {gpus} or fewer.")
+    cpus = _count_cpus(execution.ray_address)
+    num_cpus = run.cpus_per_worker or max(1, cpus // max(1, num_workers))
+    setups = [
+        WorkerSetup(
+            name=f"{'gpu' if gpus else 'cpu'}{number}",
+            out=execution.spec.out,
+            job=job,
+            num_cpus=num_cpus,
+            batch=run.batch,
+            decode_bytes=run.decode_bytes,
+            device=_device_of(number, gpus, execution.kind),
+            storage_options=execution.storage_options,
+        )
+        for number in range(num_workers)
+    ]
+    if execution.kind == "ray":
+        from jobs.ray_runner import RayRunner
+
+        return RayRunner(setups, address=execution.ray_address, num_gpus=1.0 if gpus else 0.0, num_cpus=num_cpus)
+    from jobs.local_runner import ChildRunner, InProcessRunner
+
+    if execution.kind == "in-process":
+        return InProcessRunner(setups)
+    return ChildRunner(setups, None)
+
+
+def _device_of(number: int, gpus: int, kind: RunnerKind) -> str:
+    if not gpus:
+        return "cpu"
+    # Ray shows an actor only its own GPU; children of this process see all of them.
+    return "cuda" if kind == "ray" else f"cuda:{number}"
+
+
+def _has_gpus(device: str, ray_address: str | None) -> bool:
+    return _count_gpus(device, ray_address) > 0
+
+
+def _count_gpus(device: str, ray_address: str | None) -> int:
+    if device == "cpu":
+        return 0
+    if ray_address is not None:
+        import ray
+
+        from jobs.ray_runner import connect_ray
+
+        if not ray.is_initialized():
+            connect_ray(ray_address)
+        count = int(ray.cluster_resources().get("GPU", 0))
+    else:
+        import torch
+
+        count = torch.cuda.device_count()
+    if device == "cuda" and not count:
+        raise SpecError("device is cuda, but there is no GPU here. Use device: cpu, or a cluster that has one.")
+    return count
+
+
+def _count_cpus(ray_address: str | None) -> int:
+    if ray_address is not None:
+        import ray
+
+        return int(ray.cluster_resources().get("CPU", 1))
+    return len(os.sched_getaffinity(0))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,204 @@
+"""Workers as spawned child processes of the driver, or (for debugging) as threads inside it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from multiprocessing import connection
+from multiprocessing.context import SpawnProcess
+from typing import Any, Literal
+
+from pipeline.worker import Assignment, Heartbeat, Message, ShardWorker, WorkerBroken, WorkerSetup
+from schemas.errors import BsqError
+
+HEARTBEAT_SECONDS = 0.5
+DRAIN_SECONDS = 10.0
+Command = Assignment | Literal["drain"]
+
+
+class ChildRunner:
+    """One spawned process per worker, joined to the driver by a pipe.
+
+    A child ends when its pipe does, so none outlives a driver that was killed."""
+
+    def __init__(self, setups: list[WorkerSetup], log_path: str | None) -> None:
+        self._setups = setups
+        self._log_path = log_path
+        self._handles: dict[int, _Child] = {}
+        self.num_workers = len(setups)
+
+    def start_worker(self, number: int) -> _Child:
+        handle = _Child(self._setups[number], self._log_path)
+        self._handles[number] = handle
+        return handle
+
+    def wait(self, timeout_seconds: float) -> None:
+        pipes = [handle.pipe for handle in self._handles.values() if not handle.pipe.closed]
+        connection.wait(pipes, timeout_seconds)
+
+    def close(self) -> None:
+        for handle in self._handles.values():
+            handle.kill()
+
+
+class _Child:
+    def __init__(self, setup: WorkerSetup, log_path: str | None) -> None:
+        self.name = setup.name
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self._process: SpawnProcess = context.Process(
+            target=_run_child, args=(setup, theirs, log_path), name=setup.name, daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self._heartbeat: Heartbeat | None = None
+        self._messages: list[Message] = []
+        self._hung_up = False
+
+    def assign(self, assignment: Assignment) -> None:
+        self._send(assignment)
+
+    def drain(self) -> None:
+        self._send("drain")
+
+    def take_messages(self) -> list[Message]:
+        try:
+            while not self._hung_up and self.pipe.poll(0):
+                messages, heartbeat = self.pipe.recv()
+                self._messages += messages
+                self._heartbeat = heartbeat or self._heartbeat
+        except (EOFError, OSError):
+            self._hung_up = True
+            self.pipe.close()
+        taken, self._messages = self._messages, []
+        return taken
+
+    def heartbeat(self) -> Heartbeat | None:
+        return self._heartbeat
+
+    def death(self) -> str | None:
+        if not self._hung_up:
+            return None
+        self._process.join(1.0)
+        code = self._process.exitcode
+        if code is not None and code < 0:
+            return f"worker {self.name} was killed by {signal.Signals(-code).name}"
+        return f"worker {self.name} ended with exit code {code}"
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._hung_up = True
+        self.pipe.close()
+
+    def _send(self, command: Command) -> None:
+        # A child that is gone shows in death(); what was assigned to it is given to another.
+        with contextlib.suppress(OSError, ValueError):
+            self.pipe.send(command)
+
+
+def _run_child(setup: WorkerSetup, pipe: connection.Connection[Any, Any], log_path: str | None) -> None:
+    """Body of a child: build the worker, then carry commands in and messages out until the pipe ends."""
+    # Ctrl-C reaches the whole process group; the driver decides what it means for its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if log_path:
+        logging.basicConfig(filename=log_path, level=logging.INFO, format=f"%(asctime)s {setup.name} %(message)s")
+    try:
+        worker = ShardWorker(setup)
+    except BsqError as error:
+        pipe.send(([WorkerBroken(error)], None))
+        return
+    ended = threading.Event()
+
+    def send_messages() -> None:
+        try:
+            while not ended.is_set():
+                messages = worker.poll(HEARTBEAT_SECONDS)
+                pipe.send((messages, worker.heartbeat()))
+        except OSError:
+            os._exit(1)
+
+    sender = threading.Thread(target=send_messages, name="send", daemon=True)
+    sender.start()
+    try:
+        while (command := pipe.recv()) != "drain":
+            worker.assign(command)
+    except (EOFError, OSError):
+        # The driver is gone: nobody would record what this worker publishes.
+        os._exit(1)
+    worker.drain(DRAIN_SECONDS)
+    ended.set()
+    sender.join()
+    pipe.send((worker.poll(0), worker.heartbeat()))
+    pipe.close()
+    os._exit(0)
+
+
+class InProcessRunner:
+    """Workers as threads of the driver: no isolation, but breakpoints and profilers work."""
+
+    def __init__(self, setups: list[WorkerSetup]) -> None:
+        self._setups = setups
+        self._handles: list[_Local] = []
+        self.num_workers = len(setups)
+        self._news = threading.Event()
+
+    def start_worker(self, number: int) -> _Local:
+        handle = _Local(self._setups[number])
+        self._handles.append(handle)
+        return handle
+
+    def wait(self, timeout_seconds: float) -> None:
+        if self._handles:
+            self._handles[0].fetch(timeout_seconds / len(self._handles))
+            for handle in self._handles[1:]:
+                handle.fetch(timeout_seconds / len(self._handles))
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.kill()
+
+
+class _Local:
+    def __init__(self, setup: WorkerSetup) -> None:
+        self.name = setup.name
+        self._messages: list[Message] = []
+        self._worker: ShardWorker | None = None
+        self._gone = False
+        try:
+            self._worker = ShardWorker(setup)
+        except BsqError as error:
+            self._messages.append(WorkerBroken(error))
+
+    def fetch(self, timeout_seconds: float) -> None:
+        if self._worker is not None and not self._messages:
+            self._messages += self._worker.poll(timeout_seconds)
+
+    def assign(self, assignment: Assignment) -> None:
+        if self._worker is not None:
+            self._worker.assign(assignment)
+
+    def take_messages(self) -> list[Message]:
+        self.fetch(0)
+        taken, self._messages = self._messages, []
+        return taken
+
+    def heartbeat(self) -> Heartbeat | None:
+        return self._worker.heartbeat() if self._worker is not None else None
+
+    def death(self) -> str | None:
+        return f"worker {self.name} was stopped" if self._gone else None
+
+    def drain(self) -> None:
+        if self._worker is not None:
+            self._worker.drain(DRAIN_SECONDS)
+        self._gone = True
+
+    def kill(self) -> None:
+        if self._worker is not None:
+            self._worker.stop()
+        self._gone = True

@@ -1,0 +1,184 @@
+"""How far a job is: measured while it runs, and read back from anywhere."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from jobs.lease import is_dead, read_lease
+from pipeline.dataset_files import LedgerState, read_job, read_ledger, read_manifest_summary, read_plan
+from pipeline.storage import Storage
+from pipeline.worker import Heartbeat
+from schemas.errors import OutputNotOurs
+from schemas.lease import Lease, Progress
+from schemas.ledger import Commit
+
+RATE_WINDOW_SECONDS = 60.0
+
+
+class ProgressMeter:
+    """Adds up commits and heartbeats into `Progress`."""
+
+    def __init__(self, num_shards: int, ledger: LedgerState) -> None:
+        self._num_shards = num_shards
+        self._totals = ledger.totals
+        self._committed = len(ledger.committed)
+        self._failed_shards = len(ledger.given_up)
+        self._began = time.monotonic()
+        self._done_before = self._committed + self._failed_shards
+        self._heartbeats: dict[int, Heartbeat] = {}
+        self._samples_before: dict[int, tuple[int, int]] = {}
+        self._history: deque[tuple[float, int, int]] = deque([(self._began, 0, 0)])
+
+    def committed(self, commit: Commit) -> None:
+        self._committed += 1
+        self._totals.add(commit)
+
+    def gave_up(self) -> None:
+        self._failed_shards += 1
+
+    def heard(self, worker: int, heartbeat: Heartbeat) -> None:
+        """Take the heartbeat of a worker; one whose counters went back is a new process in its place."""
+        previous = self._heartbeats.get(worker)
+        if previous is not None and heartbeat.seconds < previous.seconds:
+            samples, tokens = self._samples_before.get(worker, (0, 0))
+            self._samples_before[worker] = (samples + previous.samples, tokens + previous.tokens)
+        self._heartbeats[worker] = heartbeat
+        now = time.monotonic()
+        if now - self._history[-1][0] > 0.5:
+            self._history.append((now, *self._encoded()))
+            while now - self._history[0][0] > RATE_WINDOW_SECONDS and len(self._history) > 2:
+                self._history.popleft()
+
+    def progress(self) -> Progress:
+        now = time.monotonic()
+        first, last = self._history[0], self._history[-1]
+        span = max(last[0] - first[0], 1e-9)
+        done = self._committed + self._failed_shards
+        seconds = now - self._began
+        finished = done - self._done_before
+        beats = list(self._heartbeats.values())
+        device_seconds = sum(beat.seconds * beat.num_lanes for beat in beats) or 1.0
+        decoder_seconds = sum(beat.seconds * beat.num_decoders for beat in beats) or 1.0
+        return Progress(
+            shards=self._num_shards,
+            committed=self._committed,
+            failed_shards=self._failed_shards,
+            partial_shards=self._totals.partial,
+            samples=self._totals.samples,
+            failed_samples=self._totals.failed,
+            warnings=self._totals.warnings,
+            rows=self._totals.rows,
+            tokens=self._totals.tokens,
+            bytes=self._totals.bytes,
+            seconds=seconds,
+            samples_per_second=(last[1] - first[1]) / span,
+            tokens_per_second=(last[2] - first[2]) / span,
+            eta_seconds=seconds / finished * (self._num_shards - done) if finished else None,
+            workers=len(beats),
+            device_wait=min(1.0, sum(beat.device_wait_seconds for beat in beats) / device_seconds),
+            decode_wait=min(1.0, sum(beat.decode_wait_seconds for beat in beats) / decoder_seconds),
+        )
+
+    def _encoded(self) -> tuple[int, int]:
+        samples = sum(beat.samples for beat in self._heartbeats.values())
+        tokens = sum(beat.tokens for beat in self._heartbeats.values())
+        return (
+            samples + sum(before[0] for before in self._samples_before.values()),
+            tokens + sum(before[1] for before in self._samples_before.values()),
+        )
+
+
+class Status(BaseModel):
+    """What `bsq status` says of a dataset."""
+
+    model_config = ConfigDict(frozen=True)
+
+    url: str
+    state: str
+    """running, interrupted, complete, or incomplete (finished, but shards failed)."""
+    progress: Progress
+    driver: str | None = None
+    """Who drives it, if anybody."""
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=1)
+
+    def describe(self) -> str:
+        """A few lines for people."""
+        p = self.progress
+        lines = [
+            f"{self.url}: {self.state}" + (f", driven by {self.driver}" if self.driver else ""),
+            f"  shards    {p.committed:,} of {p.shards:,} committed"
+            + (f", {p.failed_shards:,} failed" if p.failed_shards else "")
+            + (f", {p.partial_shards:,} partial" if p.partial_shards else ""),
+            f"  samples   {p.samples:,}, {p.failed_samples:,} of them failed, {p.warnings:,} warnings",
+            f"  tokens    {p.tokens:,} in {p.rows:,} rows, {p.bytes / 1e6:,.1f} MB",
+        ]
+        if self.state == "running":
+            eta = f", about {_duration(p.eta_seconds)} left" if p.eta_seconds is not None else ""
+            lines.append(f"  speed     {p.samples_per_second:,.1f} samples/s, {p.tokens_per_second:,.0f} tokens/s{eta}")
+            lines.append(
+                f"  waiting   device {p.device_wait:.0%} of its time for batches, "
+                f"decoders {p.decode_wait:.0%} for the device"
+            )
+        if self.state == "interrupted":
+            lines.append(f"  go on     bsq resume {self.url}")
+        return "\n".join(lines)
+
+
+def read_status(out: str, storage_options: dict[str, Any] | None = None) -> Status:
+    """How far the job in `out` is, read from the lease while it runs and from ledger or manifest otherwise.
+
+    Raises OutputNotOurs when there is no job."""
+    storage = Storage(out, storage_options)
+    if read_job(storage) is None:
+        raise OutputNotOurs(f"{storage.url}: there is no bsqtok dataset here.")
+    held = read_lease(storage)
+    if held is not None:
+        lease, age = held
+        if age < lease.ttl_seconds and not is_dead(lease):
+            return Status(
+                url=storage.url, state="running", progress=_with_shards(storage, lease), driver=_name_of(lease)
+            )
+    try:
+        summary = read_manifest_summary(storage, 0)
+    except FileNotFoundError:
+        summary = None
+    if summary is not None:
+        progress = Progress(
+            shards=summary.files + summary.failed_shards,
+            committed=summary.files,
+            failed_shards=summary.failed_shards,
+            partial_shards=summary.partial_shards,
+            samples=summary.samples,
+            failed_samples=summary.failed,
+            warnings=summary.warnings,
+            rows=summary.rows,
+            tokens=summary.tokens,
+            bytes=summary.bytes,
+        )
+        return Status(url=storage.url, state="complete" if summary.complete else "incomplete", progress=progress)
+    ledger = read_ledger(storage, 0, keep_commits=False)
+    meter = ProgressMeter(len(read_plan(storage, 0)), ledger)
+    return Status(url=storage.url, state="interrupted", progress=meter.progress())
+
+
+def _with_shards(storage: Storage, lease: Lease) -> Progress:
+    # The first quarter of a minute has no progress in the lease yet.
+    if lease.progress.shards:
+        return lease.progress
+    return lease.progress.model_copy(update={"shards": len(read_plan(storage, 0))})
+
+
+def _name_of(lease: Lease) -> str:
+    return f"process {lease.pid} on {lease.host}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

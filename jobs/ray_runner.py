@@ -1,0 +1,173 @@
+"""Workers as Ray actors: one per GPU, or a share of the CPUs where there is none.
+
+Ray places and starts processes; nothing of the protocol relies on it.  Actors are not restarted by Ray: the driver
+does that, because it knows what was in flight."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from typing import Any
+
+from jobs.local_runner import DRAIN_SECONDS, HEARTBEAT_SECONDS
+from pipeline.worker import Assignment, Heartbeat, Message, ShardWorker, WorkerBroken, WorkerSetup
+from schemas.errors import BsqError, SpecError
+
+# Set before Ray is imported: it reads them at import.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+from ray.exceptions import RayActorError, RayError
+
+
+class WorkerActor:
+    """A ShardWorker inside an actor; its calls run side by side so that a heartbeat answers while a shard runs."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        self._broken: list[Message] = []
+        self._worker: ShardWorker | None = None
+        try:
+            self._worker = ShardWorker(setup)
+        except BsqError as error:
+            self._broken.append(WorkerBroken(error))
+
+    def assign(self, assignment: Assignment) -> None:
+        if self._worker is not None:
+            self._worker.assign(assignment)
+
+    def poll(self, timeout_seconds: float) -> tuple[list[Message], Heartbeat | None]:
+        if self._worker is None:
+            broken, self._broken = self._broken, []
+            return broken, None
+        return self._worker.poll(timeout_seconds), self._worker.heartbeat()
+
+    def drain(self) -> list[Message]:
+        if self._worker is None:
+            return []
+        self._worker.drain(DRAIN_SECONDS)
+        return self._worker.poll(0)
+
+
+class RayRunner:
+    """Starts actors on a cluster of its own on this host, or on the one at `address`."""
+
+    def __init__(self, setups: list[WorkerSetup], *, address: str | None, num_gpus: float, num_cpus: int) -> None:
+        """Raises SpecError in one line when the cluster cannot be reached or can never place one actor."""
+        self._setups = setups
+        self.num_workers = len(setups)
+        self._handles: dict[int, _Actor] = {}
+        self._ours = not ray.is_initialized()
+        if self._ours:
+            connect_ray(address)
+        have = ray.cluster_resources()
+        if have.get("GPU", 0) < num_gpus or have.get("CPU", 0) < num_cpus:
+            self.close()
+            raise SpecError(
+                f"one worker asks for {num_gpus:g} GPU and {num_cpus} CPU, but the Ray cluster has "
+                f"{have.get('GPU', 0):g} GPU and {have.get('CPU', 0):g} CPU. Ask for less, or join more nodes."
+            )
+        self._actor_class = ray.remote(
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            max_concurrency=4,
+        )(WorkerActor)
+
+    def start_worker(self, number: int) -> _Actor:
+        setup = self._setups[number]
+        handle = _Actor(setup.name, self._actor_class.remote(setup))
+        self._handles[number] = handle
+        return handle
+
+    def wait(self, timeout_seconds: float) -> None:
+        polls = [handle.polling for handle in self._handles.values() if handle.polling is not None]
+        if polls:
+            ray.wait(polls, num_returns=1, timeout=timeout_seconds)
+
+    def close(self) -> None:
+        for handle in self._handles.values():
+            handle.kill()
+        if self._ours:
+            ray.shutdown()
+
+
+class _Actor:
+    def __init__(self, name: str, actor: Any) -> None:
+        self.name = name
+        self._actor = actor
+        self._heartbeat: Heartbeat | None = None
+        self._messages: list[Message] = []
+        self._death: str | None = None
+        self._draining: Any = None
+        self.polling: Any = actor.poll.remote(HEARTBEAT_SECONDS)
+
+    def assign(self, assignment: Assignment) -> None:
+        if self._death is None:
+            self._actor.assign.remote(assignment)
+
+    def take_messages(self) -> list[Message]:
+        while self.polling is not None and ray.wait([self.polling], timeout=0)[0]:
+            try:
+                messages, heartbeat = ray.get(self.polling)
+            except RayActorError as error:
+                self._die(f"worker {self.name} is gone ({_first_line(error)})")
+                break
+            except RayError as error:
+                self._die(f"worker {self.name} failed ({_first_line(error)})")
+                break
+            self._messages += messages
+            self._heartbeat = heartbeat or self._heartbeat
+            self.polling = self._actor.poll.remote(HEARTBEAT_SECONDS)
+        if self._draining is not None and ray.wait([self._draining], timeout=0)[0]:
+            with contextlib.suppress(RayError):
+                self._messages += ray.get(self._draining)
+            self._draining = None
+            self._die(f"worker {self.name} was stopped")
+        taken, self._messages = self._messages, []
+        return taken
+
+    def heartbeat(self) -> Heartbeat | None:
+        return self._heartbeat
+
+    def death(self) -> str | None:
+        return self._death
+
+    def drain(self) -> None:
+        if self._death is None and self._draining is None:
+            self._draining = self._actor.drain.remote()
+
+    def kill(self) -> None:
+        with contextlib.suppress(RayError):
+            ray.kill(self._actor, no_restart=True)
+        self._die(f"worker {self.name} was killed")
+
+    def _die(self, reason: str) -> None:
+        self._death = self._death or reason
+        self.polling = None
+
+
+def connect_ray(address: str | None) -> None:
+    """Start Ray on this host, or join the cluster at `address`.  Raises SpecError when it cannot be reached."""
+    # An address in the environment would join a cluster that the user did not ask for.
+    os.environ.pop("RAY_ADDRESS", None) if address is None else None
+    try:
+        ray.init(
+            address=address or "local",
+            include_dashboard=False if address is None else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=True,
+        )
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        where = f"the Ray cluster at {address}" if address else "Ray on this host"
+        raise SpecError(
+            f"{where} cannot be reached: {_first_line(error)}. Check --ray-address, or use --no-ray."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

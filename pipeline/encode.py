@@ -1,0 +1,240 @@
+"""The encoder as the device loop sees it: planar uint8 frames in, packed tokens out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from schemas.errors import SpecError
+from schemas.job import TokenizerRecord
+from tokenizer import BSQViT
+from tokenizer.codes import packed_size
+
+STUB_NAME = "stub"
+_STUB_BITS = 16
+_STUB_PATCH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """`packed` uint8 [B, O]; `finite` bool [B]."""
+
+    packed: npt.NDArray[np.uint8]
+    finite: npt.NDArray[np.bool_]
+
+
+class PendingBatch(Protocol):
+    """A batch that the device works on."""
+
+    def wait(self) -> Encoded:
+        """Wait for the result."""
+
+
+class Encoder(Protocol):
+    """Encodes batches of one process on one device."""
+
+    num_lanes: int
+    """Threads that should call `submit`: one for a GPU, one per CPU otherwise."""
+    depth: int
+    """Batches that one lane may have submitted without waiting."""
+    pin: bool
+    """Whether frames should lie in pinned memory."""
+
+    def submit(self, frames_BTCHW: torch.Tensor, num_rows: int) -> PendingBatch:
+        """Encode the first `num_rows` of uint8 [B, T, 3, size, size]."""
+
+    def arithmetic(self) -> dict[str, Any]:
+        """What decides the last bit: device, dtype, versions."""
+
+
+@dataclass(slots=True)
+class _Done:
+    encoded: Encoded
+
+    def wait(self) -> Encoded:
+        return self.encoded
+
+
+class StubEncoder:
+    """Costs next to nothing: a token is two pixels of the frame's red plane.  For tests and benchmarks of the path
+    around the encoder; everything but the model runs as always."""
+
+    num_lanes = 1
+    depth = 1
+    pin = False
+
+    def submit(self, frames_BTCHW: torch.Tensor, num_rows: int) -> PendingBatch:
+        pixels = frames_BTCHW[:num_rows, :, 0].flatten(2)[:, :, :: _STUB_PATCH * _STUB_PATCH // (_STUB_BITS // 8)]
+        packed = pixels.flatten(1).contiguous().numpy()
+        return _Done(Encoded(packed, np.ones(num_rows, dtype=np.bool_)))
+
+    def arithmetic(self) -> dict[str, Any]:
+        return {"device": STUB_NAME}
+
+
+class CpuEncoder:
+    """Runs the model on the CPU, one batch in each lane with one thread: that scales better over cores than all
+    threads on one batch, and leaves the scheduler free to give cores to decoding."""
+
+    depth = 1
+    pin = False
+
+    def __init__(self, model: BSQViT, num_cpus: int) -> None:
+        self.num_lanes = num_cpus
+        self._model = model.eval()
+
+    def submit(self, frames_BTCHW: torch.Tensor, num_rows: int) -> PendingBatch:
+        # fp32 bits on the CPU do not depend on the batch size, so a partial batch need not be padded.
+        with torch.inference_mode():
+            packed, finite = self._model.encode_packed(frames_BTCHW[:num_rows])
+        return _Done(Encoded(packed.numpy(), finite.numpy()))
+
+    def arithmetic(self) -> dict[str, Any]:
+        return {
+            "device": f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+            "dtype": str(self._model.compute_dtype).removeprefix("torch."),
+            "torch": torch.__version__,
+        }
+
+
+@dataclass(slots=True)
+class _OnDevice:
+    packed: torch.Tensor
+    finite: torch.Tensor
+    done: torch.cuda.Event
+    num_rows: int
+
+    def wait(self) -> Encoded:
+        self.done.synchronize()
+        return Encoded(self.packed[: self.num_rows].numpy(), self.finite[: self.num_rows].numpy())
+
+
+class CudaEncoder:
+    """Runs the model on one GPU: copies on a stream of their own, whole batches always, nothing waited for."""
+
+    num_lanes = 1
+    depth = 2
+    pin = True
+
+    def __init__(self, model: BSQViT, device: torch.device) -> None:
+        self._model = model.eval().to(device)
+        self._device = device
+        self._copies = torch.cuda.Stream(device)
+        self._most: dict[int, int] = {}
+        self._batch_shapes: set[tuple[int, int]] = set()
+
+    def submit(self, frames_BTCHW: torch.Tensor, num_rows: int) -> PendingBatch:
+        num_clips, num_frames = frames_BTCHW.shape[:2]
+        # The current device belongs to the thread, and threads come and go.
+        with torch.cuda.device(self._device), torch.inference_mode():
+            while True:
+                most = self._most.get(num_frames, num_clips)
+                try:
+                    parts = [self._encode(part_BTCHW) for part_BTCHW in frames_BTCHW.split(most)]
+                    break
+                except torch.cuda.OutOfMemoryError:
+                    if most == 1:
+                        raise
+                    # Remembered: the device has no room for more of this shape, now or later.
+                    self._most[num_frames] = (most + 1) // 2
+                    torch.cuda.empty_cache()
+            self._batch_shapes.add((min(most, num_clips), num_frames))
+            packed_BO = torch.cat([packed for packed, _ in parts])
+            finite_B = torch.cat([finite for _, finite in parts])
+            host_packed = torch.empty(packed_BO.shape, dtype=torch.uint8, pin_memory=True)
+            host_finite = torch.empty(finite_B.shape, dtype=torch.bool, pin_memory=True)
+            host_packed.copy_(packed_BO, non_blocking=True)
+            host_finite.copy_(finite_B, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+        return _OnDevice(host_packed, host_finite, done, num_rows)
+
+    def arithmetic(self) -> dict[str, Any]:
+        return {
+            "device": torch.cuda.get_device_name(self._device),
+            "dtype": str(self._model.compute_dtype).removeprefix("torch."),
+            "batches": sorted(self._batch_shapes),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+        }
+
+    def _encode(self, frames_BTCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        compute = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._copies):
+            on_device = frames_BTCHW.to(self._device, non_blocking=True)
+        compute.wait_stream(self._copies)
+        on_device.record_stream(compute)
+        packed, finite = self._model.encode_packed(on_device)
+        return packed, finite
+
+
+def choose_device(asked: str) -> torch.device:
+    """The device that "cpu", "cuda" or "cuda:1" means here.  Raises SpecError when there is no such device."""
+    device = torch.device(asked)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SpecError("device is cuda, but torch sees no GPU here. Use device: cpu, or install torch for CUDA.")
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+    return device
+
+
+def open_encoder(record: TokenizerRecord, folder: str, *, dtype: str, device: str, num_cpus: int) -> Encoder:
+    """Load the tokenizer copied to `folder` onto a device.
+
+    Raises SpecError for arithmetic that the device does not have, CheckpointError for damaged weights."""
+    if record.config.get("preset") == STUB_NAME:
+        return StubEncoder()
+    target = choose_device(device)
+    model = BSQViT.from_pretrained(folder)
+    model.compute_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    if target.type == "cpu":
+        return CpuEncoder(model, num_cpus)
+    if dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
+        raise SpecError(f"{torch.cuda.get_device_name(target)} has no bfloat16. Start the job with dtype: float32.")
+    return CudaEncoder(model, target)
+
+
+def stub_record(image_size: int, max_frames: int) -> TokenizerRecord:
+    """The tokenizer record of the stub encoder."""
+    side = image_size // _STUB_PATCH
+    config = {"preset": STUB_NAME, "image_size": image_size, "patch_size": _STUB_PATCH, "max_frames": max_frames}
+    return TokenizerRecord(
+        name=STUB_NAME,
+        config=config,
+        weight_sha256=hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+        folder="",
+        bits=_STUB_BITS,
+        group_size=_STUB_BITS,
+        patch_size=_STUB_PATCH,
+        grid=(side, side),
+    )
+
+
+def cut_tokens(packed_O: npt.NDArray[np.uint8], num_tokens: int, bits: int) -> bytes:
+    """The first `num_tokens` of a row of packed tokens, spare bits of the last byte cleared."""
+    num_bytes = packed_size(num_tokens, bits)
+    cut = bytearray(packed_O[:num_bytes].tobytes())
+    spare = num_bytes * 8 - num_tokens * bits
+    if spare:
+        cut[-1] &= 0xFF >> spare
+    return bytes(cut)
+
+
+def arithmetic_id(value: dict[str, Any]) -> str:
+    """Eight hex digits that name an arithmetic in commit records."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def batch_shapes(batch: int, clip_frames: int) -> Sequence[tuple[int, int]]:
+    """(T, B) of the two kinds of batch: images, and clips so that their frames come near `batch`."""
+    if clip_frames == 1:
+        return [(1, batch)]
+    return [(1, batch), (clip_frames, max(1, batch // clip_frames))]

@@ -1,0 +1,458 @@
+"""ShardWorker: joins the stages of one process on one device.  Read this file first.
+
+    reader -> [undecoded samples] -> decoders -> [batches] -> encode lanes -> rows -> [complete shards] -> writer
+
+Every arrow is a queue bounded in bytes or slots; every box is a thread, or several.  A worker is driven by four
+calls that any supervisor can make from outside its process: assign, poll, heartbeat, stop."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pipeline.batch import Batch, Batcher
+from pipeline.byte_stream import open_shard
+from pipeline.decode import Decoder
+from pipeline.encode import Encoder, PendingBatch, arithmetic_id, batch_shapes, cut_tokens, open_encoder
+from pipeline.group import group_samples
+from pipeline.publish import find_published, publish_shard
+from pipeline.queues import POLL_SECONDS, ByteQueue, Stopped
+from pipeline.rows import Row, ShardRows
+from pipeline.sample import ClipView, Sample
+from pipeline.sidecars import read_sidecars
+from pipeline.storage import Storage
+from pipeline.tar import read_members
+from schemas.errors import (
+    ArchiveError,
+    BsqError,
+    MediaCorrupt,
+    NoFrames,
+    NonFiniteLatents,
+    SampleError,
+    ShardError,
+)
+from schemas.job import Job
+from schemas.ledger import Commit
+
+log = logging.getLogger("bsqtok.worker")
+
+# Slots of each kind of batch beyond those that the encode lanes hold: one being filled, one waiting.
+SPARE_SLOTS = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerSetup:
+    """What a worker must know; travels to its process by pickle."""
+
+    name: str
+    out: str
+    job: Job
+    num_cpus: int
+    batch: int
+    decode_bytes: int
+    device: str
+    storage_options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """One shard to tokenize."""
+
+    shard: int
+    attempt: int
+    url: str
+    adopt: bool = False
+    """Look first for a published file that no record names: an earlier worker may have died after writing it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardCommitted:
+    """The files of a shard are published; the ledger shall record `commit`."""
+
+    commit: Commit
+    arithmetic: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFailed:
+    """An attempt at a shard failed."""
+
+    shard: int
+    attempt: int
+    stage: str
+    error: str
+    message: str
+    retryable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerBroken:
+    """The worker cannot go on."""
+
+    error: BsqError
+    stops_job: bool = True
+    """No other worker could do better: the output refuses, or the tokenizer does not load."""
+
+
+Message = ShardCommitted | ShardFailed | WorkerBroken
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What one thread is doing."""
+
+    stage: str
+    shard: int
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Counters since the worker began, and what each thread does now."""
+
+    progress: int
+    """Grows with everything that is finished; a worker whose number stands still hangs."""
+    busy: bool
+    rows: int
+    tokens: int
+    samples: int
+    seconds: float
+    device_wait_seconds: float
+    """Summed over `num_lanes` encode lanes."""
+    num_lanes: int
+    decode_wait_seconds: float
+    """Summed over `num_decoders` decoders."""
+    num_decoders: int
+    waiting_bytes: int
+    activities: dict[str, Activity]
+
+
+class ShardWorker:
+    """Turns assigned shards into published token files.
+
+    `poll` returns what happened; nothing is ever raised from a thread into the void."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        """Load the tokenizer and start the threads.  Raises SpecError or CheckpointError."""
+        self._setup = setup
+        job = setup.job
+        spec = job.spec
+        self._storage = Storage(setup.out, setup.storage_options)
+        folder = self._storage.url_of(job.tokenizer.folder)
+        self._encoder: Encoder = open_encoder(
+            job.tokenizer, folder, dtype=spec.dtype, device=setup.device, num_cpus=setup.num_cpus
+        )
+        # Parallelism comes from the threads here; torch's own would fight with them for the cores.
+        torch.set_num_threads(1)
+        self._decoder = Decoder(spec.preprocess, spec.clips, spec.limits)
+        assert isinstance(spec.preprocess.size, int) and isinstance(spec.clips.clip_frames, int)
+        self._stop = threading.Event()
+        self._draining = threading.Event()
+        self._num_shards_reading_ended = 0
+        self._inbox: ByteQueue[Assignment] = ByteQueue(1 << 30, self._stop)
+        self._samples: ByteQueue[tuple[Sample, ShardRows]] = ByteQueue(setup.decode_bytes, self._stop)
+        self._complete: ByteQueue[ShardRows] = ByteQueue(1 << 30, self._stop)
+        self._outbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._batcher = Batcher(
+            shapes=batch_shapes(setup.batch, spec.clips.clip_frames),
+            size=spec.preprocess.size,
+            num_slots=self._encoder.num_lanes * self._encoder.depth + SPARE_SLOTS,
+            pin=self._encoder.pin,
+            stop=self._stop,
+        )
+        self._counts = threading.Lock()
+        self._reader_waits = True
+        self._num_undecoded = 0
+        self._progress = self._num_rows = self._num_tokens = self._num_samples = 0
+        self._num_shards_open = 0
+        self._activities: dict[str, Activity] = {}
+        self._began = time.monotonic()
+        self._num_decoders = max(1, setup.num_cpus)
+        self._threads = [self._thread("read", self._read_shards), self._thread("write", self._write_shards)]
+        self._threads += [self._thread(f"decode-{n}", self._decode_samples) for n in range(self._num_decoders)]
+        self._threads += [self._thread(f"encode-{n}", self._encode_batches) for n in range(self._encoder.num_lanes)]
+        for thread in self._threads:
+            thread.start()
+
+    def assign(self, assignment: Assignment) -> None:
+        """Take on a shard, to be worked on after those assigned before."""
+        with self._counts:
+            self._num_shards_open += 1
+        self._inbox.put(assignment, 1)
+
+    def poll(self, timeout_seconds: float) -> list[Message]:
+        """Return what has happened since the last call, waiting up to `timeout_seconds` for something."""
+        messages: list[Message] = []
+        try:
+            messages.append(self._outbox.get(timeout=timeout_seconds) if timeout_seconds else self._outbox.get_nowait())
+            while True:
+                messages.append(self._outbox.get_nowait())
+        except queue.Empty:
+            return messages
+
+    def heartbeat(self) -> Heartbeat:
+        """Say what the worker is doing; answers at once, whatever the threads are stuck in."""
+        with self._counts:
+            return Heartbeat(
+                progress=self._progress,
+                busy=self._num_shards_open > 0,
+                rows=self._num_rows,
+                tokens=self._num_tokens,
+                samples=self._num_samples,
+                seconds=time.monotonic() - self._began,
+                device_wait_seconds=self._batcher.device_wait_seconds,
+                num_lanes=self._encoder.num_lanes,
+                decode_wait_seconds=self._batcher.decode_wait_seconds,
+                num_decoders=self._num_decoders,
+                waiting_bytes=self._samples.num_bytes,
+                activities=dict(self._activities),
+            )
+
+    def stop(self, timeout_seconds: float = 10.0) -> None:
+        """End the threads; what is not published is forgotten."""
+        self._stop.set()
+        self._batcher.wake()
+        deadline = time.monotonic() + timeout_seconds
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def drain(self, timeout_seconds: float) -> None:
+        """Read nothing more, finish and publish what has been read completely, then stop."""
+        self._draining.set()
+        deadline = time.monotonic() + timeout_seconds
+        while time.monotonic() < deadline and self._num_shards_reading_ended and not self._stop.is_set():
+            time.sleep(POLL_SECONDS)
+        self.stop()
+
+    # ---- reader
+
+    def _read_shards(self) -> None:
+        while True:
+            self._reader_waits = True
+            self._batcher.wake()
+            assignment = self._inbox.get()
+            if self._draining.is_set():
+                raise Stopped
+            self._reader_waits = False
+            self._activities["read"] = Activity("read", assignment.shard, "")
+            shard = ShardRows(shard=assignment.shard, attempt=assignment.attempt, url=assignment.url)
+            try:
+                if not self._adopt(assignment):
+                    self._read_shard(shard)
+            except ShardError as error:
+                shard.aborted = True
+                self._post_failure(shard, error.stage, error.error, str(error), error.retryable)
+            except (ArchiveError, OSError) as error:
+                shard.aborted = True
+                stage, name = (
+                    (error.stage, error.error) if isinstance(error, ArchiveError) else ("open", "ShardUnreadable")
+                )
+                self._post_failure(shard, stage, name, str(error), retryable=not isinstance(error, ArchiveError))
+
+    def _read_shard(self, shard: ShardRows) -> None:
+        """Read a shard to its end.  Raises ShardError; ArchiveError only where damaged shards shall fail."""
+        spec = self._setup.job.spec
+        began = time.monotonic()
+        with open_shard(shard.url, self._setup.storage_options, stop=self._stop) as stream:
+            shard.source_bytes, shard.source_etag = stream.size, stream.etag
+            samples = group_samples(read_members(stream, spec.limits), spec.limits)
+            while True:
+                try:
+                    sample = next(samples, None)
+                except ArchiveError as error:
+                    if spec.damaged_shards == "fail":
+                        raise
+                    shard.fail_archive(error)
+                    break
+                if sample is None:
+                    break
+                if self._draining.is_set():
+                    shard.aborted = True
+                    self._reader_waits = True
+                    raise Stopped
+                shard.seconds.read += time.monotonic() - began
+                shard.num_samples += 1
+                self._hand_on(sample, shard)
+                began = time.monotonic()
+        shard.seconds.read += time.monotonic() - began
+        with self._counts:
+            self._num_shards_reading_ended += 1
+        self._release(shard)
+
+    def _hand_on(self, sample: Sample, shard: ShardRows) -> None:
+        if sample.failure is not None:
+            shard.fail_sample(sample, sample.failure)
+            return
+        shard.hold()
+        with self._counts:
+            self._num_undecoded += 1
+        self._samples.put((sample, shard), sample.num_bytes)
+
+    def _adopt(self, assignment: Assignment) -> bool:
+        if not assignment.adopt:
+            return False
+        with open_shard(assignment.url, self._setup.storage_options, stop=self._stop) as stream:
+            size, etag = stream.size, stream.etag
+        commit = find_published(
+            self._storage,
+            self._setup.job,
+            shard=assignment.shard,
+            attempt=assignment.attempt,
+            source_bytes=size,
+            source_etag=etag,
+            worker=self._setup.name,
+        )
+        if commit is None:
+            return False
+        self._post(ShardCommitted(commit, {}))
+        return True
+
+    # ---- decoders
+
+    def _decode_samples(self) -> None:
+        name = threading.current_thread().name
+        while True:
+            self._activities.pop(name, None)
+            sample, shard = self._samples.get()
+            self._activities[name] = Activity("decode", shard.shard, sample.key)
+            if not shard.aborted:
+                self._decode_sample(sample, shard)
+            with self._counts:
+                self._num_undecoded -= 1
+                self._num_samples += 1
+                self._progress += 1
+                dry = self._num_undecoded == 0
+            if dry:
+                self._batcher.wake()
+            self._release(shard)
+
+    def _decode_sample(self, sample: Sample, shard: ShardRows) -> None:
+        assert sample.media is not None
+        spec = self._setup.job.spec
+        seconds, num_views = 0.0, 0
+        try:
+            began = time.monotonic()
+            sidecars = read_sidecars(sample.members, spec.carry, spec.limits)
+            for warning in sidecars.warnings:
+                shard.fail_sample(sample, warning)
+            views = self._decoder.views(sample.key, sample.media)
+            while (view := next(views, None)) is not None:
+                seconds += time.monotonic() - began
+                num_views += 1
+                self._hand_to_batch(sample, shard, Row.of(shard, sample, sidecars, view), view)
+                began = time.monotonic()
+            seconds += time.monotonic() - began
+            if num_views == 0:
+                raise NoFrames("the video is shorter than one clip, and short_clips is drop.")
+        except SampleError as error:
+            shard.fail_sample(sample, error)
+        except Stopped:
+            raise
+        except Exception as error:
+            log.exception("decoding %s of shard %d (%s)", sample.key, shard.shard, shard.url)
+            shard.fail_sample(sample, MediaCorrupt(f"the decoder gave up: {type(error).__name__}: {error}"))
+        shard.add_seconds(decode=seconds)
+
+    def _hand_to_batch(self, sample: Sample, shard: ShardRows, row: Row, view: ClipView) -> None:
+        for warning in view.warnings:
+            shard.fail_sample(sample, warning)
+        shard.hold()
+        self._batcher.add(view.frames_TCHW, row)
+
+    # ---- device
+
+    def _is_idle(self) -> bool:
+        return self._reader_waits and self._num_undecoded == 0 and len(self._inbox) == 0
+
+    def _encode_batches(self) -> None:
+        name = threading.current_thread().name
+        submitted: deque[tuple[Batch, PendingBatch, float]] = deque()
+        while True:
+            self._activities.pop(name, None)
+            if submitted and (len(submitted) == self._encoder.depth or not self._batcher.has_ready()):
+                self._finish_batch(*submitted.popleft())
+                continue
+            batch = self._batcher.take(self._is_idle)
+            row = batch.rows[0]
+            self._activities[name] = Activity("encode", row.shard.shard, row.key)
+            began = time.monotonic()
+            submitted.append((batch, self._encoder.submit(batch.frames_BTCHW, len(batch.rows)), began))
+
+    def _finish_batch(self, batch: Batch, pending: PendingBatch, began: float) -> None:
+        job = self._setup.job
+        tokens_per_frame = job.tokenizer.grid[0] * job.tokenizer.grid[1]
+        encoded = pending.wait()
+        rows = batch.rows
+        self._batcher.give_back(batch)
+        share = (time.monotonic() - began) / len(rows)
+        num_tokens = 0
+        for number, row in enumerate(rows):
+            num_row_tokens = row.num_frames * tokens_per_frame
+            num_tokens += num_row_tokens
+            if encoded.finite[number]:
+                row.tokens = cut_tokens(encoded.packed[number], num_row_tokens, job.tokenizer.bits)
+                row.shard.add_row(row)
+            else:
+                row.shard.fail_row(row, NonFiniteLatents("NaN or infinity came out of the encoder."))
+            row.shard.add_seconds(encode=share)
+        with self._counts:
+            self._num_rows += len(rows)
+            self._num_tokens += num_tokens
+            self._progress += 1
+        for row in rows:
+            self._release(row.shard)
+
+    # ---- writer
+
+    def _release(self, shard: ShardRows) -> None:
+        if shard.release() and not shard.aborted:
+            self._complete.put(shard, 1)
+
+    def _write_shards(self) -> None:
+        while True:
+            self._activities.pop("write", None)
+            shard = self._complete.get()
+            self._activities["write"] = Activity("write", shard.shard, "")
+            value = self._encoder.arithmetic()
+            commit = publish_shard(
+                self._storage, self._setup.job, shard, arithmetic=arithmetic_id(value), worker=self._setup.name
+            )
+            with self._counts:
+                self._num_shards_reading_ended -= 1
+            self._post(ShardCommitted(commit, value))
+
+    # ---- messages
+
+    def _post(self, message: Message) -> None:
+        with self._counts:
+            self._progress += 1
+            if isinstance(message, ShardCommitted | ShardFailed):
+                self._num_shards_open -= 1
+        self._outbox.put(message)
+
+    def _post_failure(self, shard: ShardRows, stage: str, error: str, message: str, retryable: bool) -> None:
+        self._post(ShardFailed(shard.shard, shard.attempt, stage, error, message, retryable))
+
+    def _thread(self, name: str, body: Callable[[], None]) -> threading.Thread:
+        def run() -> None:
+            try:
+                body()
+            except Stopped:
+                pass
+            except BsqError as error:
+                self._post(WorkerBroken(error))
+            except Exception as error:
+                # A thread that dies takes the worker with it, audibly: half a worker would hang for ever.
+                log.exception("thread %s died", name)
+                failed = BsqError(f"thread {name} failed: {type(error).__name__}: {error}")
+                self._post(WorkerBroken(failed, stops_job=False))
+
+        return threading.Thread(target=run, name=name, daemon=True)
