@@ -36,6 +36,8 @@ _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 # The stores whose fsspec class hands `mode="create"` to the server, which decides; others look, then write.
 _CREATE_ONLY_PROTOCOLS = {"s3", "s3a", "gs", "gcs"}
 
+_Names = list[str]  # inside the class `list` is a method
+
 _TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{16}\.tmp")
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*)://(?P<rest>[^\s'\"<>]*)")
@@ -184,16 +186,16 @@ class Storage:
         self._existing_info(name)
         return float(self._remotely("look for", name, lambda: self._fs.modified(self._path(name))).timestamp())
 
-    def list(self, folder: str = "", *, recursive: bool = False) -> list[str]:
-        """Return the names (relative to the output, as the other methods take them) of the files in `folder`, sorted.
+    def list(self, folder: str = "", *, recursive: bool = False) -> _Names:
+        """Return the names of the files in `folder`, relative to `folder` and sorted; temporaries are left out.
 
-        Temporaries are left out; a folder that is not there is empty."""
+        A folder that is not there is empty."""
         if self.is_local:
             with self._mapping_errors("list", folder):
-                names = list(self._walk_local(self._local(folder), recursive))
+                names = sorted(self._walk_local(self._local(folder), recursive))
         else:
-            names = self._list_remote(folder, recursive)
-        return sorted(name for name in names if not _TEMPORARY.fullmatch(name.rpartition("/")[2]))
+            names = sorted(self._list_remote(folder, recursive))
+        return [name for name in names if not _TEMPORARY.fullmatch(name.rpartition("/")[2])]
 
     # Writing
 
@@ -319,7 +321,7 @@ class Storage:
         for parent, folders, names in os.walk(folder, onerror=_raise_unless_missing):
             if not recursive:
                 folders.clear()
-            yield from (Path(parent, name).relative_to(self._root).as_posix() for name in names)
+            yield from (Path(parent, name).relative_to(folder).as_posix() for name in names)
 
     @contextlib.contextmanager
     def _temporary(self, target: Path, data: bytes) -> Iterator[Path]:
@@ -442,22 +444,20 @@ class Storage:
             raise FileNotFoundError(errno.ENOENT, "no such object", self.printable(name))
         return info
 
-    def _list_remote(self, folder: str, recursive: bool) -> list[str]:
+    def _list_remote(self, folder: str, recursive: bool) -> _Names:
         path = self._path(folder)
+        prefix = str(self._fs._strip_protocol(path)).rstrip("/") + "/"
 
-        def names() -> list[str]:
+        def names() -> _Names:
             self._fs.invalidate_cache()
-            found = self._fs.find(path) if recursive else self._fs.ls(path, detail=True)
-            if not recursive:
-                found = [entry["name"] for entry in found if entry["type"] == "file"]
-            prefix = self._fs._strip_protocol(str(self._root)).rstrip("/") + "/"
-            return [name[len(prefix) :] for name in found if name.startswith(prefix) and name != path]
+            entries = self._fs.find(path, detail=True).values() if recursive else self._fs.ls(path, detail=True)
+            files = (str(entry["name"]) for entry in entries if entry["type"] == "file")
+            return [name[len(prefix) :] for name in files if name.startswith(prefix)]
 
         try:
-            listed: list[str] = self._remotely("list", folder, names)
+            return list(self._remotely("list", folder, names))
         except FileNotFoundError:
             return []
-        return listed
 
     def _remotely(self, verb: str, name: str, request: Callable[[], Any]) -> Any:
         """Call `request`, which may be repeated safely, until it succeeds, is refused, or has failed too often."""

@@ -140,11 +140,16 @@ class SourceChanged(ShardError):
 
 
 class ArchiveError(InputError):
-    """The archive is damaged from byte `offset` on; samples before it are good."""
+    """The archive is damaged from byte `offset` on; samples before it are good.
 
-    def __init__(self, message: str, *, offset: int) -> None:
+    `member` was being read then.  `sure` says that what follows the last whole member is known: `member`, or (None) the
+    proper end of the archive.  When it is not, `member` is the best guess, and the last sample may have had more."""
+
+    def __init__(self, message: str, *, offset: int, member: str | None = None, sure: bool = False) -> None:
         super().__init__(message)
         self.offset = offset
+        self.member = member
+        self.sure = sure
 
 
 class TarTruncated(ArchiveError):
@@ -168,6 +173,10 @@ class SampleError(InputError):
         super().__init__(message)
         self.member = member
         self.clip = clip
+
+
+class SampleCutOff(SampleError):
+    """The archive is damaged inside or right after the sample, so that members of it may be lost."""
 
 
 class GroupError(SampleError):
@@ -194,6 +203,10 @@ class AmbiguousMedia(GroupError):
 
 class MemberTooLarge(GroupError):
     """The media member is over the byte limit; it was passed over without being read into memory."""
+
+
+class TooManyMembers(GroupError):
+    """More members under one key than a sample has; those beyond the limit were dropped."""
 
 
 class DecodeError(SampleError):
