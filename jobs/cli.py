@@ -55,9 +55,9 @@ def run(arguments: Sequence[str]) -> int:
         _complain(f"{type(error).__name__}: {error}")
         return error.exit_code
     except BrokenPipeError:
-        # Whoever read our output has seen enough (`bsq inspect FILE | head`); end as a shell would report it.
+        # Whoever read our output has seen enough (`bsq inspect FILE | head`); typer also ends with 1 then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return 1
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception as error:  # noqa: BLE001 - the last line of defence: no traceback reaches the screen
