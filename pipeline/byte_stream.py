@@ -457,6 +457,7 @@ class _GzipReader(io.RawIOBase):
         self._member_began = True
         self._input: bytes = b""
         self._position = 0
+        self._damage: GzipCorrupt | None = None
 
     def readable(self) -> bool:
         return True
@@ -464,6 +465,8 @@ class _GzipReader(io.RawIOBase):
     def readinto(self, buffer: WriteableBuffer, /) -> int:
         view = memoryview(buffer).cast("B")
         while True:
+            if self._damage is not None:
+                raise self._damage
             if not self._input:
                 self._input = self._source.read1(COMPRESSED_BYTES)
             if not self._member_began:
@@ -479,14 +482,7 @@ class _GzipReader(io.RawIOBase):
                     f"The gzip stream ends early, after {self._position:,} decompressed bytes. Copy the shard again.",
                     offset=self._position,
                 )
-            try:
-                output = self._member.decompress(self._input, len(view))
-            except zlib.error as error:
-                raise GzipCorrupt(
-                    f"The gzip stream is damaged after {self._position:,} decompressed bytes ({error}). "
-                    "Copy or compress the shard again.",
-                    offset=self._position,
-                ) from error
+            output = self._decompress(len(view))
             if self._member.eof:
                 self._input, self._member_began = self._member.unused_data, False
             else:
@@ -495,6 +491,38 @@ class _GzipReader(io.RawIOBase):
                 view[: len(output)] = output
                 self._position += len(output)
                 return len(output)
+
+    def _decompress(self, max_length: int) -> bytes:
+        """Return output from `self._input`; where it is damaged, first all that comes before the damage."""
+        # zlib throws away what it made in the call that fails, samples among it, so the call must be repeatable.
+        before = self._member.copy()
+        try:
+            return cast(bytes, self._member.decompress(self._input, max_length))
+        except zlib.error as error:
+            good = _longest_output(before, self._input, max_length)
+            offset = self._position + len(good)
+            self._damage = GzipCorrupt(
+                f"The gzip stream is damaged after {offset:,} decompressed bytes ({str(error).rpartition(': ')[2]}). "
+                "Copy or compress the shard again.",
+                offset=offset,
+            )
+            if not good:
+                raise self._damage from error
+            return good
+
+
+def _longest_output(member: Any, data: bytes, max_length: int) -> bytes:
+    """Return the most output that `member` gives for damaged `data` without failing, found by bisection."""
+    longest = b""
+    low, high = 1, max_length
+    while low <= high:
+        length = (low + high) // 2
+        try:
+            longest = member.copy().decompress(data, length)
+            low = length + 1
+        except zlib.error:
+            high = length - 1
+    return longest
 
 
 class _ZstdReader(io.RawIOBase):
