@@ -94,8 +94,7 @@ def read_plan(storage: Storage, generation: int) -> pa.Table:
 
 def list_generations(storage: Storage) -> list[int]:
     """Generations that have a manifest, so are finished; ascending, empty where there is none."""
-    names = (entry.rpartition("/")[2] for entry in storage.list("manifest"))
-    return sorted(int(match[1]) for name in names if (match := _GENERATION.match(name)))
+    return sorted(int(match[1]) for name in storage.list("manifest") if (match := _GENERATION.match(name)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,9 +298,8 @@ def select_segments(names: list[str]) -> list[str]:
 def _listings(storage: Storage, generation: int) -> Iterator[list[str]]:
     """What to read, listed again each time the caller comes back: a segment that vanished was merged meanwhile."""
     for _ in range(_LISTINGS):
-        names = [name.rpartition("/")[2] for name in storage.list(ledger_folder(generation))]
         try:
-            yield select_segments(names)
+            yield select_segments(storage.list(ledger_folder(generation)))
         except LookupError:
             # A listing that took long may have passed the place of a merged segment before it was published.
             continue
@@ -345,3 +343,44 @@ def _read_required(storage: Storage, name: str) -> bytes:
     if data is None:
         raise BsqError(f"{storage.printable(name)}: there is no such file. Restore it from a copy.")
     return data
+
+
+class StoredFile(io.RawIOBase):
+    """A file of a dataset for readers that seek, such as pyarrow's: each read is one request for a range."""
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        """Raises FileNotFoundError."""
+        super().__init__()
+        self._storage = storage
+        self._name = name
+        self._size = storage.size(name)
+        self._place = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        self._place = start + offset
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def read(self, size: int | None = -1) -> bytes:
+        rest = max(0, self._size - self._place)
+        wanted = rest if size is None or size < 0 else min(size, rest)
+        data = self._storage.read_range(self._name, self._place, wanted) if wanted else b""
+        self._place += len(data)
+        return data
+
+    def readall(self) -> bytes:
+        return self.read()
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
