@@ -147,7 +147,7 @@ def resize_box(pixels_HWC: Pixels, box: Box, size: tuple[int, int], filter: Filt
         resized = Image.fromarray(region_HWC).resize((width, height), _PILLOW_FILTERS[filter])
         return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
     region_1CHW = torch.from_numpy(region_HWC).permute(2, 0, 1).unsqueeze(0)
-    # Interleaved pixels seen as channels-last take torch's fast path; its result is planar.
+    # Interleaved pixels seen as channels-last take torch's fast path, and the result is planar.
     return F.interpolate(region_1CHW, (height, width), mode=filter, antialias=True)[0].contiguous()
 
 

@@ -127,9 +127,8 @@ def pick_frames(
 
     Frame k is the last one with a time <= start + k / fps, never the same one twice; "source" picks every frame.
     A DecodeError or LimitError may follow after any number of frames: these stay good."""
-    with _open(payload) as container:
-        stream = _film(container)
-        _check_header(container, stream, limits)
+    with _open(payload, limits) as container:
+        stream = _film(container, limits)
         clock = _Clock(stream, fps)
         info: VideoInfo | None = None
         waiting: tuple[int, VideoFrame] | None = None
@@ -233,9 +232,11 @@ class _Clock:
         return math.ceil((2 * (tick - self._first) - 1) * self._slots_per_half_tick)
 
 
-def _open(payload: bytes) -> InputContainer:
+def _open(payload: bytes, limits: LimitsSpec) -> InputContainer:
+    # Opening decodes a frame where the header leaves something open: max_pixels binds that codec too.
+    options = {**_OPTIONS, "max_pixels": str(limits.max_pixels)}
     try:
-        return av.open(io.BytesIO(payload), mode="r", options=_OPTIONS, metadata_errors="replace")
+        return av.open(io.BytesIO(payload), mode="r", options=options, metadata_errors="replace")
     except av.error.FFmpegError as error:
         if not payload:
             raise MediaTruncated("the video is empty (0 bytes). Copy it again.") from error
@@ -251,7 +252,7 @@ def _open(payload: bytes) -> InputContainer:
         ) from error
 
 
-def _film(container: InputContainer) -> VideoStream:
+def _film(container: InputContainer, limits: LimitsSpec) -> VideoStream:
     """Return the first video stream that is no cover picture, set to one codec thread."""
     for stream in container.streams.video:
         if stream.disposition & (Disposition.attached_pic | Disposition.timed_thumbnails):
@@ -260,6 +261,9 @@ def _film(container: InputContainer) -> VideoStream:
             raise MediaUnsupported("the video track has an unknown codec. Convert it to H.264 or VP9.")
         stream.codec_context.thread_count = 1
         stream.codec_context.thread_type = "NONE"
+        _check_header(container, stream, limits)
+        # A codec that meets a larger picture than the header named refuses it before it takes memory.
+        stream.codec_context.options = {"max_pixels": str(limits.max_pixels)}
         return stream
     kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "no track at all"
     raise NoFrames(f"the container holds no film ({kinds}). Leave the sample out or replace the file.")
