@@ -11,11 +11,13 @@ import heapq
 import os
 import random
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
@@ -170,6 +172,9 @@ class _Slot:
     last_progress: int = -1
     last_change: float = field(default_factory=time.monotonic)
     barren_deaths: int = 0
+    """Deaths in a row before this worker without one finished shard."""
+    broken: str = ""
+    """What the worker said before it was given up."""
     drained: bool = False
 
 
@@ -282,7 +287,8 @@ class Driver:
     def _attend(self, runner: Runner, number: int) -> None:
         slot = self._slots[number]
         for message in slot.handle.take_messages():
-            slot.barren_deaths = 0
+            if not isinstance(message, WorkerBroken):
+                slot.barren_deaths = 0
             if isinstance(message, ShardCommitted):
                 self._on_commit(slot, message)
             elif isinstance(message, ShardFailed):
@@ -299,7 +305,7 @@ class Driver:
             death = self._describe_hang(slot)
             slot.handle.kill()
         if death is not None and not slot.drained:
-            self._on_death(runner, number, death)
+            self._on_death(runner, number, slot.broken or death)
 
     def _on_commit(self, slot: _Slot, message: ShardCommitted) -> None:
         commit = message.commit
@@ -382,7 +388,7 @@ class Driver:
     def _on_broken(self, slot: _Slot, message: WorkerBroken) -> None:
         if message.stops_job:
             raise message.error
-        self._say(f"worker {slot.handle.name}: {message.error}")
+        slot.broken = f"worker {slot.handle.name}: {message.error}"
         slot.handle.kill()
 
     def _on_death(self, runner: Runner, number: int, reason: str) -> None:
@@ -506,7 +512,14 @@ def _make_runner(storage: Storage, job: Job, execution: _Execution, num_shards: 
 
     if execution.kind == "in-process":
         return InProcessRunner(setups)
-    return ChildRunner(setups, None)
+    return ChildRunner(setups, _log_path(storage))
+
+
+def _log_path(storage: Storage) -> str:
+    """A local file for tracebacks: in the output where that is a local folder."""
+    folder = Path(storage.url_of("logs")) if storage.is_local else Path(tempfile.mkdtemp(prefix="bsqtok-logs-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder / "workers.log")
 
 
 def _device_of(number: int, gpus: int, kind: RunnerKind) -> str:

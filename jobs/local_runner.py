@@ -15,6 +15,8 @@ from typing import Any, Literal
 from pipeline.worker import Assignment, Heartbeat, Message, ShardWorker, WorkerBroken, WorkerSetup
 from schemas.errors import BsqError
 
+log = logging.getLogger("bsqtok.worker")
+
 HEARTBEAT_SECONDS = 0.5
 DRAIN_SECONDS = 10.0
 Command = Assignment | Literal["drain"]
@@ -25,7 +27,7 @@ class ChildRunner:
 
     A child ends when its pipe does, so none outlives a driver that was killed."""
 
-    def __init__(self, setups: list[WorkerSetup], log_path: str | None) -> None:
+    def __init__(self, setups: list[WorkerSetup], log_path: str) -> None:
         self._setups = setups
         self._log_path = log_path
         self._handles: dict[int, _Child] = {}
@@ -46,7 +48,7 @@ class ChildRunner:
 
 
 class _Child:
-    def __init__(self, setup: WorkerSetup, log_path: str | None) -> None:
+    def __init__(self, setup: WorkerSetup, log_path: str) -> None:
         self.name = setup.name
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
@@ -101,16 +103,20 @@ class _Child:
             self.pipe.send(command)
 
 
-def _run_child(setup: WorkerSetup, pipe: connection.Connection[Any, Any], log_path: str | None) -> None:
+def _run_child(setup: WorkerSetup, pipe: connection.Connection[Any, Any], log_path: str) -> None:
     """Body of a child: build the worker, then carry commands in and messages out until the pipe ends."""
     # Ctrl-C reaches the whole process group; the driver decides what it means for its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if log_path:
-        logging.basicConfig(filename=log_path, level=logging.INFO, format=f"%(asctime)s {setup.name} %(message)s")
+    log_to(log_path, setup.name)
     try:
         worker = ShardWorker(setup)
     except BsqError as error:
         pipe.send(([WorkerBroken(error)], None))
+        return
+    except Exception as error:
+        log.exception("the worker did not start")
+        failed = BsqError(f"it did not start ({type(error).__name__}: {error}); the traceback is in {log_path}")
+        pipe.send(([WorkerBroken(failed, stops_job=False)], None))
         return
     ended = threading.Event()
 
@@ -136,6 +142,14 @@ def _run_child(setup: WorkerSetup, pipe: connection.Connection[Any, Any], log_pa
     pipe.send((worker.poll(0), worker.heartbeat()))
     pipe.close()
     os._exit(0)
+
+
+def log_to(log_path: str, name: str) -> None:
+    """Send log records, and whatever libraries print, to a file instead of the progress display."""
+    logging.basicConfig(filename=log_path, level=logging.INFO, format=f"%(asctime)s {name} %(message)s", force=True)
+    with open(log_path, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
 
 
 class InProcessRunner:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +15,8 @@ import torch
 
 from schemas.errors import SpecError
 from schemas.job import TokenizerRecord
-from tokenizer import BSQViT
+from tokenizer.bsqvit import BSQViT
+from tokenizer.checkpoint import from_pretrained
 from tokenizer.codes import packed_size
 
 STUB_NAME = "stub"
@@ -127,7 +128,7 @@ class CudaEncoder:
     def __init__(self, model: BSQViT, device: torch.device) -> None:
         self._model = model.eval().to(device)
         self._device = device
-        self._copies = torch.cuda.Stream(device)
+        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._most: dict[int, int] = {}
         self._batch_shapes: set[tuple[int, int]] = set()
 
@@ -138,7 +139,7 @@ class CudaEncoder:
             while True:
                 most = self._most.get(num_frames, num_clips)
                 try:
-                    parts = [self._encode(part_BTCHW) for part_BTCHW in frames_BTCHW.split(most)]
+                    parts = [self._encode(part_BTCHW) for part_BTCHW in torch.split(frames_BTCHW, most)]
                     break
                 except torch.cuda.OutOfMemoryError:
                     if most == 1:
@@ -153,7 +154,7 @@ class CudaEncoder:
             host_finite = torch.empty(finite_B.shape, dtype=torch.bool, pin_memory=True)
             host_packed.copy_(packed_BO, non_blocking=True)
             host_finite.copy_(finite_B, non_blocking=True)
-            done = torch.cuda.Event()
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
         return _OnDevice(host_packed, host_finite, done, num_rows)
 
@@ -186,15 +187,23 @@ def choose_device(asked: str) -> torch.device:
     return device
 
 
-def open_encoder(record: TokenizerRecord, folder: str, *, dtype: str, device: str, num_cpus: int) -> Encoder:
+def open_encoder(
+    record: TokenizerRecord,
+    folder: str,
+    *,
+    dtype: str,
+    device: str,
+    num_cpus: int,
+    storage_options: Mapping[str, Any],
+) -> Encoder:
     """Load the tokenizer copied to `folder` onto a device.
 
     Raises SpecError for arithmetic that the device does not have, CheckpointError for damaged weights."""
     if record.config.get("preset") == STUB_NAME:
         return StubEncoder()
     target = choose_device(device)
-    model = BSQViT.from_pretrained(folder)
-    model.compute_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    compute_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    model = from_pretrained(folder, compute_dtype=compute_dtype, storage_options=storage_options)
     if target.type == "cpu":
         return CpuEncoder(model, num_cpus)
     if dtype == "bfloat16" and not torch.cuda.is_bf16_supported():

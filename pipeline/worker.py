@@ -148,7 +148,12 @@ class ShardWorker:
         self._storage = Storage(setup.out, setup.storage_options)
         folder = self._storage.url_of(job.tokenizer.folder)
         self._encoder: Encoder = open_encoder(
-            job.tokenizer, folder, dtype=spec.dtype, device=setup.device, num_cpus=setup.num_cpus
+            job.tokenizer,
+            folder,
+            dtype=spec.dtype,
+            device=setup.device,
+            num_cpus=setup.num_cpus,
+            storage_options=setup.storage_options,
         )
         # Parallelism comes from the threads here; torch's own would fight with them for the cores.
         torch.set_num_threads(1)
