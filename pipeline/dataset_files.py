@@ -116,7 +116,10 @@ def read_manifest(storage: Storage, generation: int | None = None) -> Manifest |
         if not generations:
             return None
         generation = generations[-1]
-    summary = read_manifest_summary(storage, generation)
+    try:
+        summary = read_manifest_summary(storage, generation)
+    except FileNotFoundError as error:
+        raise BsqError(f"{storage.url}: generation {generation} is not finished, or was never begun.") from error
     name = manifest_table_name(generation)
     data = _read_required(storage, name)
     if hashlib.sha256(data).hexdigest() != summary.manifest_sha256:
@@ -128,9 +131,9 @@ def read_manifest(storage: Storage, generation: int | None = None) -> Manifest |
 
 
 def read_manifest_summary(storage: Storage, generation: int) -> ManifestSummary:
-    """The counts of a finished generation.  Raises BsqError when it has no manifest or a damaged one."""
+    """The counts of a finished generation.  Raises FileNotFoundError when it is not finished, BsqError when damaged."""
     name = manifest_summary_name(generation)
-    data = _read_required(storage, name)
+    data = storage.read_bytes(name)
     try:
         return ManifestSummary.model_validate_json(data)
     except ValidationError as error:

@@ -21,6 +21,7 @@ from pipeline.dataset_files import (
     read_job,
     read_ledger,
     read_manifest,
+    read_manifest_summary,
     read_plan,
     select_segments,
     serialise_plan,
@@ -272,8 +273,10 @@ def test_the_highest_generation_is_read_unless_another_is_asked_for(storage):
     assert newest is not None and oldest is not None
     assert newest.summary.generation == 1
     assert oldest.table["generation"].to_pylist() == [0]
-    with pytest.raises(BsqError, match=r"manifest/0002\.json: there is no such file"):
+    with pytest.raises(BsqError, match="generation 2 is not finished"):
         read_manifest(storage, 2)
+    with pytest.raises(FileNotFoundError):
+        read_manifest_summary(storage, 2)
 
 
 def test_a_manifest_table_of_another_summary_is_refused(storage):
