@@ -59,7 +59,8 @@ def unpack_bits(packed_BO: Array, num_tokens: int, bits_per_token: int) -> Array
     shape = (len(packed_BO), num_tokens, bits_per_token)
     if isinstance(packed_BO, np.ndarray):
         flat_BM = np.unpackbits(packed_BO, axis=1, count=num_bits, bitorder="little")
-        return flat_BM.view(np.bool_).reshape(shape)[..., ::-1]
+        # Contiguous, for torch takes no array with a negative stride.
+        return np.ascontiguousarray(flat_BM.view(np.bool_).reshape(shape)[..., ::-1])
     shifts_8 = torch.arange(8, dtype=torch.uint8, device=packed_BO.device)
     octets_BO8 = (packed_BO.unsqueeze(-1) >> shifts_8) & 1
     return octets_BO8.flatten(1)[:, :num_bits].bool().reshape(shape).flip(-1)

@@ -15,7 +15,9 @@ from tokenizer.checkpoint import expected_shapes, require_matching, save_checkpo
 from tokenizer.config import REFERENCE_LOSSES, BSQViTConfig, QuantizerLossConfig, TransformerConfig
 from tokenizer.reference_pickle import StoredTensor, TorchFile
 
-MAX_YAML_BYTES = 1 << 20
+MAX_YAML_BYTES = 1 << 16
+MAX_YAML_BRACKETS = 200
+"""PyYAML takes minutes for 100,000 brackets that open inside each other; the reference's configs have none."""
 WRAPPERS = ("module.", "_orig_mod.")
 """Put before names by DistributedDataParallel, by the EMA copy (once more) and by torch.compile."""
 RECOMPUTED = ("quantize.basis", "quantize.group_basis")
@@ -67,10 +69,7 @@ def import_reference_checkpoint(
     Takes the averaged weights if `use_ema` and the file has some. Nothing in the file is executed, and nothing is
     written unless every weight fits. Raises CheckpointError in one line for anything else, VQ models included."""
     config = read_reference_config(config_yaml)
-    weights, kind = read_reference_weights(reference_pt, use_ema=use_ema)
-    require_matching(
-        expected_shapes(config), {name: tuple(tensor.shape) for name, tensor in weights.items()}, str(reference_pt)
-    )
+    weights, kind = read_reference_weights(reference_pt, config, use_ema=use_ema)
     model = BSQViT(config, seed=None)
     model.load_state_dict(weights, strict=True, assign=True)
     card = f"# Imported from the reference BSQ-ViT\n\nWeights: `{kind}` of `{Path(reference_pt).name}`.\n"
@@ -78,30 +77,33 @@ def import_reference_checkpoint(
     return config
 
 
-def read_reference_weights(reference_pt: AnyPath, *, use_ema: bool = True) -> tuple[dict[str, Tensor], str]:
+def read_reference_weights(
+    reference_pt: AnyPath, config: BSQViTConfig, *, use_ema: bool = True
+) -> tuple[dict[str, Tensor], str]:
     """Weights in fp32 under our names, and the entry of the file that they come from."""
     with TorchFile(Path(reference_pt)) as file:
         root = file.root if isinstance(file.root, dict) else {}
         kind = "ema_state_dict" if use_ema and root.get("ema_state_dict") else "state_dict"
-        stored = root.get(kind)
-        if not isinstance(stored, dict) or not stored:
-            raise CheckpointError(
-                f"{reference_pt}: holds no state_dict; found {', '.join(map(str, root)) or 'nothing'}."
-            )
-        weights: dict[str, Tensor] = {}
-        for name, value in stored.items():
+        state = root.get(kind)
+        if not isinstance(state, dict) or not state:
+            raise CheckpointError(f"{reference_pt}: holds no state_dict; this is no checkpoint of the reference.")
+        stored: dict[str, StoredTensor] = {}
+        for name, value in state.items():
             if not isinstance(name, str) or not isinstance(value, StoredTensor):
-                raise CheckpointError(f"{reference_pt}: {kind} holds {printable(str(name))!r}, which is no tensor.")
+                raise CheckpointError(f"{reference_pt}: {kind} holds something that is no named tensor.")
             bare = _unwrapped(name)
             if bare.startswith("quantize.embedding."):
                 raise CheckpointError(f"{reference_pt}: a VQ model with a learned codebook; only BSQ models are read.")
             if bare in RECOMPUTED:
                 continue
             ours = _our_name(bare)
-            if ours in weights:
+            if ours in stored:
                 raise CheckpointError(f"{reference_pt}: {kind} holds {printable(bare)!r} twice.")
-            weights[ours] = file.tensor(value, name).float()
-        return weights, kind
+            stored[ours] = value
+        # Before any tensor is read: a file cannot make us allocate more than its config says.
+        found = {name: value.shape for name, value in stored.items()}
+        require_matching(expected_shapes(config), found, str(reference_pt))
+        return {name: file.tensor(value, name).float() for name, value in stored.items()}, kind
 
 
 def read_reference_config(config_yaml: AnyPath) -> BSQViTConfig:
@@ -112,8 +114,14 @@ def read_reference_config(config_yaml: AnyPath) -> BSQViTConfig:
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
             raise CheckpointError(f"{path}: over {MAX_YAML_BYTES:,} bytes; this is no config of the reference.")
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeError, yaml.YAMLError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8")
+        if text.count("[") + text.count("{") > MAX_YAML_BRACKETS:
+            raise CheckpointError(f"{path}: over {MAX_YAML_BRACKETS} brackets; this is no config of the reference.")
+        # A few aliases of aliases make a value that takes for ever to print.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise CheckpointError(f"{path}: aliases (*name) are not read; write the values out.")
+        document = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {type(error).__name__}.") from error
     try:
         return _config(_section(document, "model"), _section(document, "data"), path)
@@ -132,7 +140,7 @@ def _config(model: dict[str, Any], data: dict[str, Any], path: Path) -> BSQViTCo
     if params.get("cb_entropy_compute", "group") != "group":
         _refuse(path, f"cb_entropy_compute {params['cb_entropy_compute']!r} is not supported, only 'group'")
     entropy = params.get("persample_entropy_compute", "group")
-    if entropy not in REFERENCE_LOSSES:
+    if not isinstance(entropy, str) or entropy not in REFERENCE_LOSSES:
         _refuse(path, f"persample_entropy_compute is {entropy!r}; known: {', '.join(REFERENCE_LOSSES)}")
 
     encoder = _section(params, "vitconfig")
@@ -193,8 +201,9 @@ def _require_supported(half: dict[str, Any], name: str, path: Path) -> None:
     for key, value in (("ln_post", True), ("act_layer", "gelu"), ("norm_layer", "layer_norm")):
         if half.get(key, value) != value:
             _refuse(path, f"{name}.{key} is {half[key]!r}; only {value!r} is supported")
-    if half.get("mask_block_size", -1) > 0:
-        _refuse(path, f"{name}.mask_block_size is {half['mask_block_size']}; only a frame's tokens (-1) are supported")
+    block = half.get("mask_block_size", -1)
+    if not isinstance(block, int) or block > 0:
+        _refuse(path, f"{name}.mask_block_size is {block!r}; only a frame's tokens (-1) are supported")
     if frames != 1 and not half.get("cross_frames", True):
         _refuse(path, f"{name}.cross_frames is false; frames that do not see each other are not supported")
     if mask not in (("none", "block-causal") if frames == 1 else ("block-causal",)):

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from schemas.errors import CheckpointError, printable
 
-MAX_PICKLE_BYTES = 64 << 20
-"""The reference's checkpoints take 50 kB; a pickle's objects take about 50 times its bytes in memory."""
+MAX_PICKLE_BYTES = 4 << 20
+"""A checkpoint of the paper's largest model takes 300 kB; in memory a pickle takes up to 70 times its bytes."""
 MAX_ENTRIES = 100_000
 MAX_TENSOR_BYTES = 4 << 30
+MAX_DIMENSIONS = 8
 
 STORAGE_DTYPES = {
     "torch FloatStorage": torch.float32,
@@ -110,6 +111,9 @@ class TorchFile:
         self._entries = {entry.filename: entry for entry in self._zip.infolist()}
         if len(self._entries) != len(self._zip.infolist()) or len(self._entries) > MAX_ENTRIES:
             raise CheckpointError(f"{self.path}: entries of the archive repeat, or are more than {MAX_ENTRIES:,}.")
+        # torch.save stores: so an entry's size is bounded by the file's.
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in self._entries.values()):
+            raise CheckpointError(f"{self.path}: entries of the archive are compressed; torch.save compresses nothing.")
         pickles = [name for name in self._entries if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise CheckpointError(f"{self.path}: the archive holds no data.pkl; this is no torch.save file.")
@@ -134,7 +138,7 @@ class TorchFile:
         last = sum((size - 1) * step for size, step in zip(stored.shape, stored.stride, strict=True))
         entry = f"{self._prefix}data/{stored.storage}"
         num_bytes = stored.storage_values * item_bytes
-        if values and stored.offset + last >= stored.storage_values:
+        if values > stored.storage_values or (values and stored.offset + last >= stored.storage_values):
             raise CheckpointError(f"{self.path}: tensor {printable(name)!r} reaches outside its storage.")
         if max(values * item_bytes, num_bytes) > MAX_TENSOR_BYTES:
             raise CheckpointError(f"{self.path}: tensor {printable(name)!r} is over {MAX_TENSOR_BYTES:,} bytes.")
@@ -152,7 +156,6 @@ class TorchFile:
         if entry.file_size > limit:
             raise CheckpointError(f"{self.path}: {printable(name)} has {entry.file_size:,} bytes; at most {limit:,}.")
         try:
-            # Not more than declared, whatever the compressed stream goes on to give.
             with self._zip.open(entry) as file:
                 content = file.read(entry.file_size)
         except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
@@ -197,7 +200,7 @@ class _PickleMachine:
             "SETITEM": lambda _: self._set(self._pop(2)),
             "SETITEMS": lambda _: self._set(self._pop_mark()),
             "GLOBAL": self._name,
-            "STACK_GLOBAL": lambda _: self._name(" ".join(map(str, self._pop(2)))),
+            "STACK_GLOBAL": lambda _: self._name(" ".join(self._pop(2))),
             "REDUCE": lambda _: self._call(*self._pop(2)),
             "NEWOBJ": lambda _: self._call(*self._pop(2)),
             "NEWOBJ_EX": lambda _: self._call(*self._pop(3)[:2]),
@@ -223,7 +226,7 @@ class _PickleMachine:
                     self.actions[opcode.name](argument)
                 else:
                     raise CheckpointError(f"{self.path}: refused: opcode {opcode.name} is not one torch.save writes.")
-        except (ValueError, TypeError, IndexError, KeyError, OverflowError, UnicodeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             raise CheckpointError(f"{self.path}: the pickle inside is damaged ({type(error).__name__}).") from error
         raise CheckpointError(f"{self.path}: the pickle inside is cut off.")
 
@@ -242,8 +245,8 @@ class _PickleMachine:
         elif name == "torch._utils _rebuild_parameter":
             self.stack.append(arguments[0])
         elif name in ("collections OrderedDict", "collections defaultdict"):
-            items = arguments[0] if name.endswith("OrderedDict") and arguments else ()
-            self.stack.append({key: value for key, value in items if isinstance(key, str | int)})
+            # Their items follow as SETITEMS.
+            self.stack.append({})
         else:
             self.stack.append(Inert(name))
 
@@ -256,7 +259,9 @@ class _PickleMachine:
     def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any) -> StoredTensor:
         dtype, key, values = storage
         counts = (offset, *shape, *stride)
-        if any(type(count) is not int or not 0 <= count < 1 << 48 for count in counts) or len(shape) != len(stride):
+        if any(type(count) is not int or not 0 <= count < 1 << 48 for count in counts):
+            raise ValueError("tensor")
+        if len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS:
             raise ValueError("tensor")
         return StoredTensor(dtype, key, values, offset, tuple(shape), tuple(stride))
 
