@@ -72,17 +72,17 @@ def bits_to_indices(bits: Array) -> Array:
     if bits.ndim < 1 or not 1 <= bits.shape[-1] <= MAX_INDEX_BITS:
         raise SpecError(f"bits have shape {tuple(bits.shape)}; the last axis holds 1 to {MAX_INDEX_BITS} bits.")
     if isinstance(bits, np.ndarray):
-        return np.asarray((bits.astype(np.int64) << _shifts(bits.shape[-1])).sum(-1))
-    return (bits.long() << torch.from_numpy(_shifts(bits.shape[-1])).to(bits.device)).sum(-1)
+        return np.asarray((bits.astype(np.int64) << np.arange(bits.shape[-1])[::-1]).sum(-1))
+    return (bits.long() << torch.arange(bits.shape[-1] - 1, -1, -1, device=bits.device)).sum(-1)
 
 
 def indices_to_bits(indices: Array, bits_per_token: int) -> Array:
     """Bool bits [..., L] of indices [...] of any integer type, each from 0 to 2^L - 1."""
     _require_indices(indices, bits_per_token)
-    shifts = _shifts(bits_per_token)
     if isinstance(indices, np.ndarray):
-        return ((indices.astype(np.int64)[..., None] >> shifts) & 1).astype(np.bool_)
-    return ((indices.long().unsqueeze(-1) >> torch.from_numpy(shifts).to(indices.device)) & 1).bool()
+        return ((indices.astype(np.int64)[..., None] >> np.arange(bits_per_token)[::-1]) & 1).astype(np.bool_)
+    shifts_L = torch.arange(bits_per_token - 1, -1, -1, device=indices.device)
+    return ((indices.long().unsqueeze(-1) >> shifts_L) & 1).bool()
 
 
 def bits_to_groups(bits: Array, group_size: int) -> Array:
@@ -164,10 +164,6 @@ def _unpack_indices_torch(packed_BO: Tensor, num_tokens: int, bits: int) -> Tens
         else:
             indices_BN |= torch.where(shift_N < bits, octets_BN << shift_N.clamp(max=bits), 0)
     return indices_BN & ((1 << bits) - 1)
-
-
-def _shifts(num_bits: int) -> npt.NDArray[np.int64]:
-    return np.arange(num_bits - 1, -1, -1, dtype=np.int64)
 
 
 def _require_bool(bits: npt.NDArray[Any] | Tensor) -> None:

@@ -87,8 +87,8 @@ class BinarySphericalQuantizer(nn.Module):
 
     def to_codes(self, bits: Tensor) -> Tensor:
         """Codes fp32 [..., L] of bool bits [..., L]: +-1/sqrt(L), or +-1 where codes are not normalised."""
-        magnitude = torch.tensor(self.code_magnitude, device=bits.device)
-        return torch.where(bits, magnitude, -magnitude)
+        # Exact, and without a constant that would have to be copied to the device.
+        return bits.float() * (2 * self.code_magnitude) - self.code_magnitude
 
     def forward(self, latents: Tensor) -> Quantized:
         """Quantize latents [..., L] for training."""
