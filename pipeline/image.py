@@ -134,7 +134,7 @@ def _simplejpeg(payload: bytes, header: JpegHeader, *, strict: bool) -> Picture:
     if message.startswith("Premature end of JPEG file"):
         raise MediaTruncated("the JPEG ends before its last row. Copy it again.")
     if "subsampling" in message:  # 4:1:0 and other layouts that TurboJPEG does not know
-        image = _load(JpegImagePlugin.JpegImageFile(io.BytesIO(payload)), "JPEG")
+        image = _load(_open(JpegImagePlugin.JpegImageFile, payload, "JPEG"), "JPEG")
         return _picture(image, header.orientation, header.profile)
     if "nsupported" in message:
         raise MediaUnsupported(f"the JPEG cannot be decoded: {message}. Convert it to baseline JPEG.")
@@ -225,7 +225,7 @@ def _load(image: ImageFile.ImageFile, name: str, *, partly: bool = False) -> Ima
 
 def _explain(error: Exception, name: str) -> DecodeError:
     message = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-    if isinstance(error, EOFError) or "truncated" in message.lower():
+    if isinstance(error.__cause__ or error, EOFError) or "truncated" in message.lower():
         return MediaTruncated(f"the {name} ends before its last row ({message}). Copy it again.")
     return MediaCorrupt(f"the {name} cannot be decoded ({message}). Replace the file or convert it.")
 

@@ -160,8 +160,9 @@ def test_a_box_of_the_right_size_is_copied_exactly():
 @pytest.mark.parametrize("crop", ["center", "exact"])
 def test_extreme_shapes_stay_small(shape, crop):
     pixels_HWC = np.zeros((*shape, 3), np.uint8)
+    box = choose_box(shape[1], shape[0], crop)
     tracemalloc.start()
-    frame_CHW = resize_box(pixels_HWC, choose_box(shape[1], shape[0], crop), (256, 256), "lanczos", "pillow")
+    frame_CHW = resize_box(pixels_HWC, box, (256, 256), "lanczos", "pillow")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert frame_CHW.shape == (3, 256, 256)
