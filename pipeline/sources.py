@@ -81,7 +81,7 @@ def _expand(pattern: str, options: dict[str, Any]) -> Iterator[str]:
     _check_characters(pattern)
     if not pattern.strip():
         raise SpecError("An empty shard name. Give URLs, ranges such as shard-{000..127}.tar, globs, or @list.txt.")
-    if "{" not in pattern:
+    if "{" not in pattern or os.path.lexists(pattern):
         expanded: Iterable[str] = (pattern,)
     else:
         num_urls = _count_expansions(pattern)

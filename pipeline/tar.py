@@ -263,6 +263,7 @@ class _Parser:
         try:
             while piece := self._stream.read(SKIP_BYTES):
                 if piece != (_ZEROS if len(piece) == SKIP_BYTES else _ZEROS[: len(piece)]):
+                    offset += (len(piece) - len(piece.lstrip(b"\0"))) // BLOCK_BYTES * BLOCK_BYTES
                     raise TarCorrupt(
                         f"More data follows the end of the archive at byte {offset:,}, as when one archive is appended "
                         "to another. Join them with `tar --concatenate`, or list them as two shards.",
