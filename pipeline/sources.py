@@ -162,6 +162,8 @@ def _check_protocol(scheme: str, url: str) -> None:
 
 
 def _check_characters(text: str) -> None:
+    if text.isprintable():
+        return
     for character in text:
         # Control characters, and halves of a surrogate pair: bytes of a name that are not UTF-8.
         if unicodedata.category(character) in ("Cc", "Cs"):

@@ -40,7 +40,7 @@ _Names = list[str]  # inside the class `list` is a method
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{16}\.tmp")
 
-_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*)://(?P<rest>[^\s'\"<>]*)")
+_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*)://(?P<rest>(?:(?!::[A-Za-z][\w+.\-]*://)[^\s'\"<>])*)")
 _CONTAINER_SCHEMES = {"abfs", "abfss", "wasb", "wasbs", "adl"}
 _OBJECT_SCHEMES = {"s3", "s3a", "gs", "gcs", "oss", "oci", "file", "local", "memory"}
 _SECRET_NAME = re.compile(r"key|secret|token|sig|pass|cred|auth|sas|account", re.IGNORECASE)
@@ -474,7 +474,7 @@ class Storage:
     def _mapping_errors(self, verb: str, name: str) -> Iterator[None]:
         try:
             yield
-        except OutputError:
+        except (OutputError, AssertionError):
             raise
         except (FileNotFoundError, FileExistsError) as error:
             # While reading it is an answer; while writing locally it means a folder that vanished or is a file.
@@ -483,6 +483,8 @@ class Storage:
                 raise
             raise self._error(verb, name, error) from error
         except Exception as error:
+            if self.is_local and not isinstance(error, OSError):
+                raise  # not the disk's doing, but that of an `on_step`
             raise self._error(verb, name, error) from error
 
     def _error(self, verb: str, name: str, error: Exception) -> OutputError:
