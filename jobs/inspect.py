@@ -1,0 +1,414 @@
+"""Says what a dataset, or any one of its files, is and holds."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from jobs.display import describe_bytes
+from pipeline.dataset_files import (
+    JOB_NAME,
+    LEASE_NAME,
+    PLAN_SCHEMA,
+    StoredFile,
+    iter_commits,
+    list_generations,
+    read_job,
+    read_ledger,
+    read_manifest,
+    read_plan,
+)
+from pipeline.storage import Storage, printable_url
+from schemas.errors import BsqError, SpecError
+from schemas.failures import FAILURE_SCHEMA
+from schemas.job import Job
+from schemas.ledger import Attempt, Commit, GivenUp, parse_lines, segment_range
+from schemas.manifest import MANIFEST_SCHEMA, ManifestSummary
+from schemas.tokenfile import TokenFooter
+
+SHOWN_ROWS = 5
+SHOWN_INDICES = 6
+SHOWN_FAILURES = 5
+MAX_FAILURE_TABLES = 64
+"""Failure tables that are read to name the commonest failures."""
+MAX_TEXT_CHARS = 100
+_WIDTH = 14
+
+
+def describe(url: str, storage_options: Mapping[str, Any] | None = None) -> str:
+    """A few lines for people about the dataset, tokenizer or file at `url`; one line for what is none of them.
+
+    Raises SpecError when there is nothing, BsqError when a file of ours is damaged."""
+    url = url.rstrip("/") or url
+    storage = Storage(url, storage_options)
+    if storage.exists(JOB_NAME):
+        return _describe_dataset(storage)
+    if storage.exists("config.json") and storage.exists("model.safetensors"):
+        return _describe_tokenizer(storage)
+    parent, slash, name = url.rpartition("/")
+    folder = Storage(parent or slash or ".", storage_options)
+    if name and folder.exists(name):
+        return _describe_file(folder, name)
+    raise SpecError(
+        f"{printable_url(url)}: no dataset (it has no {JOB_NAME}), no tokenizer and no file. Name a dataset's folder, "
+        f"or one of its files."
+    )
+
+
+# --- datasets
+
+
+def _describe_dataset(storage: Storage) -> str:
+    job = read_job(storage)
+    assert job is not None
+    generations = list_generations(storage)
+    if generations:
+        manifest = read_manifest(storage, generations[-1])
+        assert manifest is not None
+        summary, table = manifest.summary, manifest.table
+        state = f"finished (generation {summary.generation})"
+        if not summary.complete:
+            state += f", but {_count(summary.failed_shards, 'shard')} failed"
+        counts = summary.model_dump()
+        frames = _range(table["min_frames"].to_pylist(), table["max_frames"].to_pylist())
+        tables = [name for name in table["failures_file"].to_pylist() if name is not None]
+        failed_shards = summary.first_failed_shards
+    else:
+        ledger = read_ledger(storage, 0, keep_commits=False)
+        totals = ledger.totals
+        num_shards = len(read_plan(storage, 0))
+        state = f"not finished: {totals.commits:,} of {num_shards:,} shards committed. `bsq resume` goes on"
+        counts = {
+            "files": totals.commits,
+            "rows": totals.rows,
+            "tokens": totals.tokens,
+            "samples": totals.samples,
+            "failed": totals.failed,
+            "warnings": totals.warnings,
+            "failed_shards": len(ledger.given_up),
+            "partial_shards": totals.partial,
+            "bytes": totals.bytes,
+        }
+        lowest, highest, tables = [], [], []
+        for commit in iter_commits(storage, 0):
+            lowest.append(commit.min_frames)
+            highest.append(commit.max_frames)
+            if commit.failures is not None and len(tables) <= MAX_FAILURE_TABLES:
+                tables.append(commit.failures.file)
+        frames = _range(lowest, highest)
+        failed_shards = sorted(ledger.given_up)
+    lines = [
+        f"{storage.url}: bsqtok dataset, {state}",
+        *_identity(job),
+        _field(
+            "samples",
+            f"{counts['samples']:,}, of which {counts['failed']:,} failed; {_count(counts['warnings'], 'warning')}",
+        ),
+        _field("rows", f"{counts['rows']:,} {frames}, {counts['tokens']:,} tokens"),
+        _field(
+            "size",
+            f"{describe_bytes(counts['bytes'])} in {_count(counts['files'], 'token file')}, {_rate(job, counts)}",
+        ),
+    ]
+    if counts["partial_shards"]:
+        lines.append(_field("partial", f"{_count(counts['partial_shards'], 'shard')} whose archive was damaged"))
+    if failed_shards:
+        shown = ", ".join(map(str, failed_shards[:10]))
+        more = f" and {counts['failed_shards'] - 10:,} more" if counts["failed_shards"] > 10 else ""
+        lines.append(_field("failed shards", shown + more))
+    return "\n".join(lines + _commonest_failures(storage, tables))
+
+
+def _identity(job: Job) -> list[str]:
+    tokenizer, spec = job.tokenizer, job.spec
+    trained = "" if tokenizer.config.get("trained") else ", random weights: it was never trained"
+    preset = tokenizer.config.get("preset", "custom")
+    rows, columns = tokenizer.grid
+    preprocess = spec.preprocess
+    views = f", {preprocess.views} views" if preprocess.views > 1 else ""
+    return [
+        _field(
+            "tokenizer",
+            f"{_plain(tokenizer.name)} ({_plain(str(preset))}{trained}), weights {tokenizer.weight_sha256[:8]}",
+        ),
+        _field(
+            "tokens",
+            f"{rows} x {columns} for each frame of {columns * tokenizer.patch_size} x {rows * tokenizer.patch_size} "
+            f"px, {tokenizer.bits} bits each in groups of {tokenizer.group_size}",
+        ),
+        _field(
+            "pictures",
+            f"{preprocess.crop} crop, {preprocess.filter} ({preprocess.engine}){views}; clips of "
+            f"{spec.clips.clip_frames} frames at {spec.clips.fps} fps; {spec.dtype}",
+        ),
+        _field("carried", ", ".join(spec.carry) or "nothing"),
+        _field("fingerprint", job.fingerprint),
+        _field("made by", _plain(job.created_by)),
+    ]
+
+
+def _rate(job: Job, counts: Mapping[str, Any]) -> str:
+    pixels = counts["tokens"] * job.tokenizer.patch_size**2
+    if not pixels:
+        return "no pixels"
+    token_rate = job.tokenizer.bits / job.tokenizer.patch_size**2
+    return f"{counts['bytes'] * 8 / pixels:.3f} bits per pixel ({token_rate:.3f} for the tokens alone)"
+
+
+def _range(lowest: Sequence[int], highest: Sequence[int]) -> str:
+    low, high = min(filter(None, lowest), default=0), max(highest, default=0)
+    if high <= 1:
+        return "of one frame"
+    return f"of {low} frames" if low == high else f"of {low} to {high} frames"
+
+
+def _commonest_failures(storage: Storage, tables: Sequence[str]) -> list[str]:
+    counts: Counter[tuple[str, str, str]] = Counter()
+    examples: dict[tuple[str, str, str], str] = {}
+    for name in tables[:MAX_FAILURE_TABLES]:
+        try:
+            columns = ["severity", "stage", "error", "message"]
+            rows = pq.read_table(StoredFile(storage, name), columns=columns).to_pylist()
+        except (FileNotFoundError, pa.ArrowException, OSError) as error:
+            raise BsqError(f"{storage.printable(name)}: cannot be read. Run `bsq verify {storage.url}`.") from error
+        for row in rows:
+            kind = (row["severity"], row["stage"], row["error"])
+            counts[kind] += 1
+            examples.setdefault(kind, row["message"])
+    if not counts:
+        return []
+    where = f" in the first {MAX_FAILURE_TABLES} failure tables" if len(tables) > MAX_FAILURE_TABLES else ""
+    lines = [f"  commonest failures and warnings{where}"]
+    for kind, count in counts.most_common(SHOWN_FAILURES):
+        lines.append(f"    {count:>7,} {kind[0]:<7} {kind[1]:<7} {kind[2]}: {_shorten(examples[kind])}")
+    if len(counts) > SHOWN_FAILURES:
+        rest = counts.total() - sum(count for _, count in counts.most_common(SHOWN_FAILURES))
+        lines.append(f"    {rest:>7,} of {len(counts) - SHOWN_FAILURES:,} other kinds")
+    return lines
+
+
+def _describe_tokenizer(storage: Storage) -> str:
+    try:
+        config = json.loads(storage.read_bytes("config.json"))
+        size, patch = int(config["image_size"]), int(config["patch_size"])
+        bits, frames = int(config["bits_per_token"]), int(config["max_frames"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise BsqError(f"{storage.printable('config.json')}: no config of a bsqtok tokenizer ({error}).") from error
+    trained = "trained" if config.get("trained") else "random weights: it was never trained"
+    clips = f" and clips of up to {frames} frames" if frames > 1 else ""
+    return "\n".join(
+        [
+            f"{storage.url}: bsqtok tokenizer {_plain(str(config.get('preset', 'custom')))}, {trained}",
+            _field("takes", f"pictures{clips}, {size} x {size} px"),
+            _field("gives", f"{size // patch} x {size // patch} tokens of {bits} bits for each frame"),
+            _field("weights", describe_bytes(storage.size("model.safetensors"))),
+        ]
+    )
+
+
+# --- single files
+
+
+def _describe_file(storage: Storage, name: str) -> str:
+    head = storage.read_range(name, 0, 512)
+    what = storage.printable(name)
+    if head[:4] == b"PAR1":
+        return _describe_parquet(storage, name)
+    if segment_range(name) is not None:
+        return _describe_segment(storage, name)
+    if name == LEASE_NAME or (name.endswith(".json") and head[:1] == b"{"):
+        return _describe_json(storage, name)
+    if head[257:262] == b"ustar":
+        size = describe_bytes(storage.size(name))
+        return f"{what}: a tar archive of {size}, so perhaps a shard. `bsq tokenize` makes tokens of it."
+    begins = f"it begins with {head[:12]!r}" if head else "it is empty"
+    return f"{what}: no file of a bsqtok dataset; {begins}."
+
+
+def _describe_parquet(storage: Storage, name: str) -> str:
+    what = storage.printable(name)
+    try:
+        file = pq.ParquetFile(StoredFile(storage, name))
+        names = file.schema_arrow.names
+        if b"bsqtok.bits" in (file.metadata.metadata or {}):
+            return _describe_token_file(what, file)
+        if names == FAILURE_SCHEMA.names:
+            return _describe_failure_table(what, file)
+        if names == MANIFEST_SCHEMA.names:
+            return _describe_manifest_table(what, file)
+        if names == PLAN_SCHEMA.names:
+            plan = file.read()
+            first = [f"  {row['shard']:>7} {_shorten(row['url'])}" for row in plan.slice(0, SHOWN_ROWS).to_pylist()]
+            return "\n".join(
+                [f"{what}: the plan of a dataset, {_count(len(plan), 'shard')}", *first, *_more(len(plan))]
+            )
+    except (pa.ArrowException, OSError) as error:
+        raise BsqError(f"{what}: damaged Parquet ({_shorten(str(error))}). Restore it from a copy.") from error
+    return f"{what}: a Parquet file of {_count(file.metadata.num_rows, 'row')}, but none of bsqtok ({', '.join(names[:6])})."
+
+
+def _describe_token_file(what: str, file: pq.ParquetFile) -> str:
+    metadata = file.metadata
+    footer = TokenFooter.from_metadata(metadata.metadata)
+    part = f", part {footer.part}" if footer.part else ""
+    partial = "; the archive was damaged, this holds what could be read" if footer.partial else ""
+    lines = [
+        f"{what}: token file of shard {footer.shard}{part}, {_count(metadata.num_rows, 'row')}{partial}",
+        _field("samples", f"{footer.samples:,}, of which {footer.failed:,} failed"),
+        _field(
+            "tokens",
+            f"{footer.grid[0]} x {footer.grid[1]} for each frame, {footer.bits} bits each in groups of "
+            f"{footer.group_size}, {footer.bit_order}, channels {footer.channel_order}, {footer.views} view"
+            + "s"
+            * (footer.views > 1),
+        ),
+        _field(
+            "source",
+            f"{footer.source_bytes:,} bytes" + (f", tag {_plain(footer.source_etag)}" if footer.source_etag else ""),
+        ),
+        _field("failures", f"table with SHA-256 {footer.failures_sha256}" if footer.failures_sha256 else "none"),
+        _field("fingerprint", footer.fingerprint),
+        "  columns",
+    ]
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    for index in range(metadata.num_columns):
+        chunks = [group.column(index) for group in groups]
+        name = metadata.schema.column(index).path.partition(".")[0]
+        size = describe_bytes(sum(chunk.total_compressed_size for chunk in chunks))
+        codec = chunks[0].compression.lower() if chunks else ""
+        kind = file.schema_arrow.field(name).type
+        words = f"list of {kind.value_type}" if pa.types.is_list(kind) else str(kind)
+        lines.append(f"    {name:<14} {words:<14} {size:>10} {codec}")
+    column = file.schema_arrow.names.index("tokens")
+    lines.append(f"  row groups     {len(groups):,}")
+    lines += [
+        f"    {number:>3}: {group.num_rows:>5,} rows, tokens at byte {group.column(column).data_page_offset:,}"
+        for number, group in enumerate(groups[:SHOWN_ROWS])
+    ]
+    lines += _more(len(groups))
+    if not metadata.num_rows:
+        return "\n".join(lines)
+    rows = file.read_row_group(0).slice(0, SHOWN_ROWS).to_pylist()
+    lines.append("  first rows")
+    for row in rows:
+        crop = "{},{} {}x{}".format(*row["crop"])
+        flipped = ", mirrored" if row["flipped"] else ""
+        start = f", from {row['start']:.2f} s" if row["start"] is not None else ""
+        lines.append(
+            f"    {_shorten(row['key'])} clip {row['clip']} view {row['view']}: "
+            f"{_count(row['frames'], 'frame')}{start}, {row['width']}x{row['height']} cropped to {crop}{flipped}"
+        )
+        lines.append(f"      indices {' '.join(map(str, _first_indices(row, footer)))} ...")
+        if row.get("caption"):
+            lines.append(f"      caption {_shorten(row['caption'])}")
+    return "\n".join(lines + _more(metadata.num_rows))
+
+
+def _first_indices(row: Mapping[str, Any], footer: TokenFooter) -> list[int]:
+    count = min(SHOWN_INDICES, row["frames"] * footer.grid[0] * footer.grid[1])
+    packed = int.from_bytes(row["tokens"][: -(-count * footer.bits // 8)], "little")
+    return [packed >> number * footer.bits & (1 << footer.bits) - 1 for number in range(count)]
+
+
+def _describe_failure_table(what: str, file: pq.ParquetFile) -> str:
+    rows = file.read().to_pylist()
+    shard = (file.metadata.metadata or {}).get(b"bsqtok.shard", b"").decode("utf-8", "replace")
+    counts = Counter((row["severity"], row["stage"], row["error"]) for row in rows)
+    lines = [f"{what}: failure table{f' of shard {shard}' if shard else ''}, {_count(len(rows), 'row')}"]
+    lines += [
+        f"    {count:>7,} {severity:<7} {stage:<7} {error}" for (severity, stage, error), count in counts.most_common()
+    ]
+    lines.append("  first rows")
+    for row in rows[:SHOWN_ROWS]:
+        where = "the archive" if row["key"] is None else _shorten(row["key"])
+        clip = f" clip {row['clip']}" if row["clip"] is not None else ""
+        lines.append(f"    {where}{clip}: {row['error']}: {_shorten(row['message'])}")
+    return "\n".join(lines + _more(len(rows)))
+
+
+def _describe_manifest_table(what: str, file: pq.ParquetFile) -> str:
+    columns = ["shard", "part", "file", "rows", "failed", "url"]
+    table = file.read(columns=columns)
+    lines = [
+        f"{what}: manifest, {_count(len(table), 'token file')}, {_count(pc.sum(table['rows']).as_py() or 0, 'row')}"
+    ]
+    lines += [
+        f"    {_shard_line(row['shard'], row['rows'], row['failed'], row['file'])} from {_shorten(row['url'])}"
+        for row in table.slice(0, SHOWN_ROWS).to_pylist()
+    ]
+    return "\n".join(lines + _more(len(table)))
+
+
+def _shard_line(shard: int, rows: int, failed: int, file: str) -> str:
+    return f"shard {shard}: {_count(rows, 'row')}, {_count(failed, 'sample')} failed, {file}"
+
+
+def _describe_segment(storage: Storage, name: str) -> str:
+    what = storage.printable(name)
+    records = list(parse_lines(storage.read_bytes(name), name=what))
+    counts = Counter(record.kind for record in records)
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
+    lines = [f"{what}: ledger segment, {_count(len(records), 'record')} ({kinds or 'none'})"]
+    for record in islice(records, SHOWN_ROWS):
+        if isinstance(record, Commit):
+            text = _shard_line(record.shard, record.rows, record.failed, record.file)
+        elif isinstance(record, Attempt):
+            text = f"shard {record.shard}, attempt {record.attempt}: {record.error}: {_shorten(record.message)}"
+        elif isinstance(record, GivenUp):
+            text = f"shard {record.shard}: given up after {record.attempts} attempts: {_shorten(record.message)}"
+        else:
+            text = _shorten(record.to_line())
+        lines.append(f"    {record.kind:<10} {text}")
+    return "\n".join(lines + _more(len(records)))
+
+
+def _describe_json(storage: Storage, name: str) -> str:
+    what = storage.printable(name)
+    try:
+        values = json.loads(storage.read_bytes(name))
+    except ValueError as error:
+        raise BsqError(f"{what}: damaged JSON ({error}). Restore it from a copy.") from error
+    if name == LEASE_NAME:
+        return f"{what}: says who drives the job: process {values.get('pid')} on {_plain(str(values.get('host')))}."
+    if values.get("format") == "bsqtok" and "manifest_sha256" in values:
+        summary = ManifestSummary.model_validate(values)
+        state = "complete" if summary.complete else f"{_count(summary.failed_shards, 'shard')} failed"
+        return (
+            f"{what}: manifest of generation {summary.generation} ({state}): {_count(summary.files, 'token file')}, "
+            f"{_count(summary.rows, 'row')}, {summary.tokens:,} tokens, {describe_bytes(summary.bytes)}."
+        )
+    if name == JOB_NAME:
+        return "\n".join([f"{what}: the identity of a dataset", *_identity(Job.model_validate(values))])
+    return f"{what}: a JSON file with {', '.join(_plain(key) for key in islice(values, 6)) or 'nothing in it'}."
+
+
+# --- words
+
+
+def _field(name: str, text: str) -> str:
+    return f"  {name:<{_WIDTH}} {text}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _more(count: int) -> list[str]:
+    return [f"    and {count - SHOWN_ROWS:,} more"] if count > SHOWN_ROWS else []
+
+
+def _shorten(text: str) -> str:
+    plain = _plain(text)
+    return plain if len(plain) <= MAX_TEXT_CHARS else plain[: MAX_TEXT_CHARS - 1] + "…"
+
+
+def _plain(text: str) -> str:
+    """`text` without control characters: what came from data must not steer a terminal."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
