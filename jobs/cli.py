@@ -202,14 +202,6 @@ def tokenize(
         list[str] | None, typer.Argument(metavar="SHARDS", help=_spec_help("shards"), show_default=False)
     ] = None,
     out: Annotated[str | None, _option("--out", "out", _OUTPUT, "DIR")] = None,
-    append: Annotated[
-        bool,
-        _switch(
-            "--append",
-            "Add shards to a finished dataset as its next generation. Left out: refuse other shards.",
-            _OUTPUT,
-        ),
-    ] = False,
     force: Force = False,
     tokenizer: Annotated[str | None, _option("--tokenizer", "tokenizer", "Job", "NAME|DIR")] = None,
     config: Annotated[
@@ -276,7 +268,6 @@ def tokenize(
             runner=runner,
             ray_address=ray_address,
             force=force,
-            append=append,
             observer=observer,
             storage_options=options,
         )
@@ -425,7 +416,7 @@ def demo(
     Needs the packages of pip install 'bsqtok\\[demo]' and no network."""
     from jobs.demo import run_demo
 
-    run_demo(out, runner="local" if no_ray else "ray")
+    raise typer.Exit(run_demo(out, runner="local" if no_ray else "ray"))
 
 
 def make_spec(

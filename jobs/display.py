@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 LINE_EVERY_SECONDS = 10.0
+WAITS_AFTER_SECONDS = 20.0
+"""Until then waiting says little: models are loaded, queues are filled."""
 BAR_WIDTH = 30
 WAIT_WORTH_TELLING = 0.25
 """Share of its time that one side must wait for the other before the display says so."""
@@ -190,6 +192,8 @@ def _describe_failures(progress: Progress) -> str:
 
 
 def _describe_wait(progress: Progress) -> str:
+    if progress.seconds < WAITS_AFTER_SECONDS:
+        return ""
     if progress.device_wait >= max(WAIT_WORTH_TELLING, progress.decode_wait):
         return f"the encoder waits {progress.device_wait:.0%} of its time for decoding: more CPUs would help"
     if progress.decode_wait >= WAIT_WORTH_TELLING:

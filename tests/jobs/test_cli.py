@@ -188,7 +188,6 @@ def test_tokenize_hands_its_options_to_the_driver_and_prints_what_came_out(drive
         "--out",
         "o",
         "--no-ray",
-        "--append",
         "--batch",
         "4",
         "--storage-option",
@@ -201,7 +200,6 @@ def test_tokenize_hands_its_options_to_the_driver_and_prints_what_came_out(drive
         "runner": "local",
         "ray_address": None,
         "force": False,
-        "append": True,
         "storage_options": {"anon": True},
     }
     captured = capsys.readouterr()
