@@ -202,7 +202,7 @@ def _open(image_class: type[ImageFile.ImageFile], payload: bytes, name: str) -> 
         return image_class(io.BytesIO(payload))
     except MemoryError:
         raise
-    except Exception as error:
+    except Exception as error:  # on damaged headers Pillow raises nearly everything
         raise _explain(error, name) from error
 
 
@@ -212,7 +212,7 @@ def _load(image: ImageFile.ImageFile, name: str, *, partly: bool = False) -> Ima
         image.load()
     except MemoryError:
         raise
-    except Exception as error:
+    except Exception as error:  # and on damaged data
         explained = _explain(error, name)
         if not partly or not isinstance(explained, MediaTruncated):
             raise explained from error

@@ -30,7 +30,6 @@ from pipeline.containers import missing_bytes
 from pipeline.image import check_size
 from pipeline.preprocess import upright_size
 from schemas.errors import (
-    DecodeError,
     DecodeTimeout,
     FrameTimesMissing,
     MediaCorrupt,
@@ -127,12 +126,13 @@ def pick_frames(
 
     Frame k is the last one with a time <= start + k / fps, never the same one twice; "source" picks every frame.
     A DecodeError or LimitError may follow after any number of frames: these stay good."""
-    with _open(payload, limits) as container:
-        stream = _film(container, limits)
+    missing = missing_bytes(payload)
+    with _open(payload, missing, limits) as container:
+        stream = _film(container, missing, limits)
         clock = _Clock(stream, fps)
         info: VideoInfo | None = None
         waiting: tuple[int, VideoFrame] | None = None
-        for frame in _decode(container, stream, payload, limits, deadline):
+        for frame in _decode(container, stream, missing, limits, deadline):
             if info is None:
                 info = _describe(frame, stream, limits)
             tick = clock.read(frame, info.warnings)
@@ -232,7 +232,7 @@ class _Clock:
         return math.ceil((2 * (tick - self._first) - 1) * self._slots_per_half_tick)
 
 
-def _open(payload: bytes, limits: LimitsSpec) -> InputContainer:
+def _open(payload: bytes, missing: int, limits: LimitsSpec) -> InputContainer:
     # Opening decodes a frame where the header leaves something open: max_pixels binds that codec too.
     options = {**_OPTIONS, "max_pixels": str(limits.max_pixels)}
     try:
@@ -240,10 +240,8 @@ def _open(payload: bytes, limits: LimitsSpec) -> InputContainer:
     except av.error.FFmpegError as error:
         if not payload:
             raise MediaTruncated("the video is empty (0 bytes). Copy it again.") from error
-        if missing := missing_bytes(payload):
-            raise MediaTruncated(
-                f"the video ends {missing:,} bytes before its container says, and its index is gone. Copy it again."
-            ) from error
+        if missing:
+            raise _cut(missing, 0) from error
         if isinstance(error, av.error.InvalidDataError) and payload[4:8] == b"ftyp":
             raise MediaCorrupt("the video container cannot be read. Replace the file.") from error
         raise MediaUnsupported(
@@ -252,7 +250,7 @@ def _open(payload: bytes, limits: LimitsSpec) -> InputContainer:
         ) from error
 
 
-def _film(container: InputContainer, limits: LimitsSpec) -> VideoStream:
+def _film(container: InputContainer, missing: int, limits: LimitsSpec) -> VideoStream:
     """Return the first video stream that is no cover picture, set to one codec thread."""
     for stream in container.streams.video:
         if stream.disposition & (Disposition.attached_pic | Disposition.timed_thumbnails):
@@ -265,6 +263,8 @@ def _film(container: InputContainer, limits: LimitsSpec) -> VideoStream:
         # A codec that meets a larger picture than the header named refuses it before it takes memory.
         stream.codec_context.options = {"max_pixels": str(limits.max_pixels)}
         return stream
+    if missing:
+        raise _cut(missing, 0)
     kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "no track at all"
     raise NoFrames(f"the container holds no film ({kinds}). Leave the sample out or replace the file.")
 
@@ -289,7 +289,7 @@ def _check_header(container: InputContainer, stream: VideoStream, limits: Limits
 
 
 def _decode(
-    container: InputContainer, stream: VideoStream, payload: bytes, limits: LimitsSpec, deadline: Deadline
+    container: InputContainer, stream: VideoStream, missing: int, limits: LimitsSpec, deadline: Deadline
 ) -> Iterator[VideoFrame]:
     """Yield every frame; raise where one is damaged, where the data end early, or where a limit is reached."""
     num_packets = num_frames = 0
@@ -309,12 +309,13 @@ def _decode(
         raise
     except av.error.DecoderNotFoundError as error:
         raise MediaUnsupported("the video has a codec that cannot be decoded. Convert it to H.264 or VP9.") from error
-    except Exception as error:
-        raise _explain(error, payload, num_frames) from error
-    if missing := missing_bytes(payload):
-        raise MediaTruncated(
-            f"the video ends {missing:,} bytes before its container says, after {num_frames:,} frames. Copy it again."
-        )
+    except Exception as error:  # whatever a codec returns
+        if missing:
+            raise _cut(missing, num_frames) from error
+        reason = str(error).split(":")[0] or type(error).__name__
+        raise MediaCorrupt(f"decoding stops after {num_frames:,} frames: {reason}. Replace the file.") from error
+    if missing:
+        raise _cut(missing, num_frames)
     # Other containers count differently: AVI, for one, counts dropped frames.
     if container.format.name.startswith("mov") and num_packets < stream.frames:
         raise MediaTruncated(
@@ -322,13 +323,10 @@ def _decode(
         )
 
 
-def _explain(error: Exception, payload: bytes, num_frames: int) -> DecodeError:
-    if missing := missing_bytes(payload):
-        return MediaTruncated(
-            f"the video ends {missing:,} bytes before its container says, after {num_frames:,} frames. Copy it again."
-        )
-    reason = str(error).split(":")[0] or type(error).__name__
-    return MediaCorrupt(f"decoding stops after {num_frames:,} frames: {reason}. Replace the file.")
+def _cut(missing: int, num_frames: int) -> MediaTruncated:
+    return MediaTruncated(
+        f"the video ends {missing:,} bytes before its container says, after {num_frames:,} frames. Copy it again."
+    )
 
 
 def _check_frame(frame: VideoFrame, info: VideoInfo, clock: _Clock, tick: int, limits: LimitsSpec) -> None:
