@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from pipeline.sources import expand_shards
-
 from pipeline.dataset_files import JOB_NAME, plan_name, read_job, read_plan, serialise_plan
 from pipeline.encode import STUB_NAME, stub_record
+from pipeline.sources import expand_shards
 from pipeline.storage import Storage, printable_url
 from schemas.errors import FingerprintDiffers, OutputNotOurs, Refused, SpecError
 from schemas.fingerprint import differing_fields, fingerprint, fingerprint_fields
@@ -69,7 +68,7 @@ def resolve(spec: JobSpec, *, gpus: bool, storage_options: dict[str, Any]) -> Be
             grid=config.grid,
         )
     resolved = _concrete(spec, record, gpus=gpus)
-    fields = fingerprint_fields(resolved, record.config, record.weight_sha256)
+    fields = fingerprint_fields(resolved, _architecture(record.config), record.weight_sha256)
     printable = [printable_url(url) for url in urls]
     job = Job(
         fingerprint=fingerprint(fields),
@@ -124,6 +123,11 @@ def write_beginning(storage: Storage, beginning: Beginning) -> None:
         storage.publish(f"{job.tokenizer.folder}/model.safetensors", beginning.checkpoint.model_safetensors)
     storage.publish(plan_name(0), serialise_plan([printable_url(url) for url in beginning.urls]))
     storage.publish(JOB_NAME, json.dumps(job.model_dump(mode="json"), indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def _architecture(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a tokenizer's config decides bits: all but its name, and how it was trained."""
+    return {name: value for name, value in config.items() if name not in ("preset", "trained", "losses")}
 
 
 def _concrete(spec: JobSpec, record: TokenizerRecord, *, gpus: bool) -> JobSpec:

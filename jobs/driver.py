@@ -160,6 +160,7 @@ def _run_generation(
         write_manifest(storage, job, ledger, generation)
     if driver.leaves_strays:
         sweep(storage, ledger)
+        storage.sweep_temporaries(older_than=time.time())
     return driver.outcome(ledger)
 
 
@@ -227,7 +228,10 @@ class Driver:
                 while self.num_left:
                     if self._interrupted.is_set():
                         self._drain(runner)
-                        raise Interrupted("interrupted; what is committed is kept.")
+                        raise Interrupted(
+                            f"{self._meter.progress().committed:,} of {len(self._urls):,} shards are committed. "
+                            f"Go on with: bsq resume {self._storage.url}"
+                        )
                     self._hand_out()
                     runner.wait(WAIT_SECONDS)
                     for number in list(self._slots):
@@ -537,13 +541,10 @@ def _count_gpus(device: str, ray_address: str | None) -> int:
     if device == "cpu":
         return 0
     if ray_address is not None:
-        import ray
+        from jobs.ray_runner import cluster_resource, connect_ray
 
-        from jobs.ray_runner import connect_ray
-
-        if not ray.is_initialized():
-            connect_ray(ray_address)
-        count = int(ray.cluster_resources().get("GPU", 0))
+        connect_ray(ray_address)
+        count = int(cluster_resource("GPU"))
     else:
         import torch
 
@@ -555,9 +556,9 @@ def _count_gpus(device: str, ray_address: str | None) -> int:
 
 def _count_cpus(ray_address: str | None) -> int:
     if ray_address is not None:
-        import ray
+        from jobs.ray_runner import cluster_resource
 
-        return int(ray.cluster_resources().get("CPU", 1))
+        return int(cluster_resource("CPU"))
     return len(os.sched_getaffinity(0))
 
 

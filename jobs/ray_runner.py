@@ -21,6 +21,9 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray
 from ray.exceptions import RayActorError, RayError
 
+ACTOR_CALLS = 4
+"""Calls that an actor answers side by side: polls, assignments, and a drain among them."""
+
 
 class WorkerActor:
     """A ShardWorker inside an actor; its calls run side by side so that a heartbeat answers while a shard runs."""
@@ -58,27 +61,26 @@ class RayRunner:
         self._setups = setups
         self.num_workers = len(setups)
         self._handles: dict[int, _Actor] = {}
-        self._ours = not ray.is_initialized()
-        if self._ours:
-            connect_ray(address)
-        have = ray.cluster_resources()
-        if have.get("GPU", 0) < num_gpus or have.get("CPU", 0) < num_cpus:
+        connect_ray(address)
+        have_gpus, have_cpus = cluster_resource("GPU"), cluster_resource("CPU")
+        if have_gpus < num_gpus * self.num_workers or have_cpus < num_cpus * self.num_workers:
             self.close()
             raise SpecError(
-                f"one worker asks for {num_gpus:g} GPU and {num_cpus} CPU, but the Ray cluster has "
-                f"{have.get('GPU', 0):g} GPU and {have.get('CPU', 0):g} CPU. Ask for less, or join more nodes."
+                f"{self.num_workers} workers of {num_gpus:g} GPU and {num_cpus} CPU each were asked for, but the Ray "
+                f"cluster has {have_gpus:g} GPU and {have_cpus:g} CPU. Ask for fewer workers or --cpus-per-worker."
             )
-        self._actor_class = ray.remote(
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            max_restarts=0,
-            max_task_retries=0,
-            max_concurrency=4,
-        )(WorkerActor)
+        self._options = {
+            "num_cpus": num_cpus,
+            "num_gpus": num_gpus,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "max_concurrency": ACTOR_CALLS,
+        }
+        self._actor_class: Any = ray.remote(WorkerActor)
 
     def start_worker(self, number: int) -> _Actor:
         setup = self._setups[number]
-        handle = _Actor(setup.name, self._actor_class.remote(setup))
+        handle = _Actor(setup.name, self._actor_class.options(**self._options).remote(setup))
         self._handles[number] = handle
         return handle
 
@@ -90,8 +92,7 @@ class RayRunner:
     def close(self) -> None:
         for handle in self._handles.values():
             handle.kill()
-        if self._ours:
-            ray.shutdown()
+        ray.shutdown()
 
 
 class _Actor:
@@ -149,10 +150,21 @@ class _Actor:
         self.polling = None
 
 
+def cluster_resource(name: str) -> float:
+    """How much of "CPU" or "GPU" the cluster has in all."""
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return resources.get(name, 0.0)
+
+
 def connect_ray(address: str | None) -> None:
-    """Start Ray on this host, or join the cluster at `address`.  Raises SpecError when it cannot be reached."""
+    """Start Ray on this host, or join the cluster at `address`, unless that has been done.
+
+    Raises SpecError when it cannot be reached."""
+    if ray.is_initialized():
+        return
     # An address in the environment would join a cluster that the user did not ask for.
-    os.environ.pop("RAY_ADDRESS", None) if address is None else None
+    if address is None:
+        os.environ.pop("RAY_ADDRESS", None)
     try:
         ray.init(
             address=address or "local",

@@ -6,8 +6,9 @@ Callers see frames as [B, T, H, W, 3], uint8 from 0 to 255 or float from -1 to 1
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -67,6 +68,17 @@ class BSQViT(nn.Module):
         if seed is not None:
             self.to_empty(device="cpu")
             initialise_weights(self, seed)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike[str] = "default", *, device: str | torch.device = "cpu", **options: Any
+    ) -> BSQViT:
+        """A tokenizer by shipped name ("default" is the one that ships), folder or URL, in eval mode.
+
+        `options` are those of `tokenizer.checkpoint.from_pretrained`.  Raises CheckpointError."""
+        from tokenizer.checkpoint import from_pretrained
+
+        return from_pretrained(source, device=device, **options)
 
     @torch.no_grad()
     def encode(self, frames_BTHWC: Tensor) -> Tensor:

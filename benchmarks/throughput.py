@@ -1,0 +1,221 @@
+"""How much of what decoding and the model can do does a whole job reach?
+
+Prints, from one run on one machine: decode-only, model-only and end-to-end samples/s, and the ratio to the limit those
+two set.  Rounds are interleaved, so that other load on the machine strikes numerator and denominator alike.
+
+    python benchmarks/throughput.py                    the small preset at 128 px
+    python benchmarks/throughput.py --stub             an encoder that costs nothing, at 256 px
+
+Decode-only is a bare loop of the pipeline's own decode function over files in memory, on as many threads as cores.
+End-to-end is a real job from tar to Parquet, ledger included, timed from the moment when its workers are up (start-up
+is printed apart) to its last commit."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.photo_shards import photographs, write_shards
+from jobs.begin import resolve, write_beginning
+from jobs.driver import Driver, _Execution, _make_runner
+from jobs.finish import write_manifest
+from jobs.lease import take_lease
+from jobs.runner import Runner, WorkerHandle
+from pipeline.decode import Decoder
+from pipeline.encode import open_encoder
+from pipeline.dataset_files import read_ledger
+from pipeline.sample import Member
+from pipeline.storage import Storage
+from schemas.job import Job
+from schemas.jobspec import JobSpec, parse_spec
+
+NUM_CPUS = len(os.sched_getaffinity(0))
+
+
+class _Warm:
+    """A runner whose workers are all up before the clock starts."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.num_workers = runner.num_workers
+        self._handles = [runner.start_worker(number) for number in range(runner.num_workers)]
+        while any(handle.heartbeat() is None for handle in self._handles):
+            runner.wait(0.05)
+            for handle in self._handles:
+                assert not handle.take_messages(), "a worker did not start"
+                assert handle.death() is None, handle.death()
+
+    def start_worker(self, number: int) -> WorkerHandle:
+        return self._handles[number]
+
+    def wait(self, timeout_seconds: float) -> None:
+        self._runner.wait(timeout_seconds)
+
+    def close(self) -> None:
+        self._runner.close()
+
+
+def decode_rate(decoder: Decoder, files: list[bytes], num_images: int) -> tuple[float, float]:
+    """Images per second, and CPU milliseconds per image, of the bare decode loop."""
+
+    def work(first: int) -> None:
+        for number in range(first, num_images, NUM_CPUS):
+            payload = files[number % len(files)]
+            member = Member(name="photo.jpg", kind="file", size=len(payload), offset=0, payload=payload)
+            for view in decoder.views(f"{number:08d}", member):
+                assert view.frames_TCHW.shape[0] == 1
+
+    return _timed(work, num_images)
+
+
+def model_rate(job: Job, folder: str, batch: int, num_images: int) -> tuple[float, float]:
+    """Images per second, and CPU milliseconds per image, of the encoder alone."""
+    encoder = open_encoder(
+        job.tokenizer, folder, dtype=job.spec.dtype, device="cpu", num_cpus=NUM_CPUS, storage_options={}
+    )
+    size = job.spec.preprocess.size
+    frames = torch.randint(0, 256, (batch, 1, 3, size, size), dtype=torch.uint8)
+
+    def work(lane: int) -> None:
+        for _ in range(lane, num_images // batch, encoder.num_lanes):
+            encoder.submit(frames, batch).wait()
+
+    return _timed(work, num_images // batch * batch, encoder.num_lanes)
+
+
+def job_rate(spec: JobSpec, kind: Any) -> tuple[float, float, float]:
+    """Images per second, CPU milliseconds per image (driver and workers), and start-up seconds of a whole job."""
+    began = time.monotonic()
+    beginning = resolve(spec, gpus=False, storage_options={})
+    storage = Storage(spec.out)
+    lease = take_lease(storage)
+    write_beginning(storage, beginning)
+    ledger = read_ledger(storage, 0)
+    driver = Driver(storage, beginning.job, beginning.urls, ledger, lease, spec, None)
+    runner = _Warm(_make_runner(storage, beginning.job, _Execution(spec, kind, None, {}), driver.num_left))
+    try:
+        start_up = time.monotonic() - began
+        cpu_before = _cpu_seconds()
+        began = time.monotonic()
+        driver.run(runner)
+        write_manifest(storage, beginning.job, read_ledger(storage, 0), 0)
+        seconds = time.monotonic() - began
+        cpu = _cpu_seconds() - cpu_before
+    finally:
+        runner.close()
+    lease.release()
+    rows = read_ledger(storage, 0).totals.rows
+    assert read_ledger(storage, 0).totals.failed == 0
+    return rows / seconds, 1000 * cpu / rows, start_up
+
+
+def _timed(work: Callable[[int], None], num_images: int, num_threads: int = NUM_CPUS) -> tuple[float, float]:
+    torch.set_num_threads(1)
+    cpu_before, began = time.process_time(), time.monotonic()
+    with ThreadPoolExecutor(num_threads) as pool:
+        list(pool.map(work, range(num_threads)))
+    seconds = time.monotonic() - began
+    return num_images / seconds, 1000 * (time.process_time() - cpu_before) / num_images
+
+
+def _cpu_seconds() -> float:
+    """CPU seconds used so far by every live process that descends from this one, itself included."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    parents, times = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            parents[int(entry.name)] = int(fields[1])
+            times[int(entry.name)] = (int(fields[11]) + int(fields[12])) / ticks
+    total = 0.0
+    for pid in times:
+        ancestor = pid
+        while ancestor not in (0, os.getpid()):
+            ancestor = parents.get(ancestor, 0)
+        total += times[pid] if ancestor == os.getpid() else 0.0
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stub", action="store_true", help="an encoder that costs nothing, at 256 px")
+    parser.add_argument("--images", type=int, default=4000, help="images of one end-to-end run")
+    parser.add_argument("--images-per-shard", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--runners", nargs="+", default=["local", "ray"], choices=["local", "ray", "in-process"])
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="bsqtok-benchmark-"))
+    try:
+        run(arguments, folder)
+    finally:
+        shutil.rmtree(folder)
+
+
+def run(arguments: argparse.Namespace, folder: Path) -> None:
+    files = photographs()
+    shards = write_shards(folder / "shards", arguments.images, arguments.images_per_shard)
+    size = sum(map(len, files)) / len(files) / 1000
+    print(f"{platform.processor() or platform.machine()}, {NUM_CPUS} cores, torch {torch.__version__}, Python {platform.python_version()}")
+    print(f"{arguments.images:,} photographs of 640x480 px, {size:.0f} kB on average, in {len(shards)} shards")
+    values = {
+        "shards": shards,
+        "tokenizer": "stub" if arguments.stub else "default",
+        "device": "cpu",
+        "run": {"batch": arguments.batch, "workers": arguments.workers},
+    }
+    if arguments.stub:
+        values["preprocess"] = {"size": 256}
+    table: dict[str, list[tuple[float, ...]]] = {}
+    ratios: dict[str, list[float]] = {}
+    for number in range(arguments.rounds):
+        for kind in arguments.runners:
+            out = folder / f"out-{number}-{kind}"
+            spec = parse_spec({**values, "out": str(out)}, source="benchmark")
+            job = resolve(spec, gpus=False, storage_options={}).job
+            decoder = Decoder(job.spec.preprocess, job.spec.clips, job.spec.limits)
+            before = decode_rate(decoder, files, arguments.images)
+            end_to_end = job_rate(spec, kind)
+            after = decode_rate(decoder, files, arguments.images)
+            decode = statistics.mean((before[0], after[0]))
+            table.setdefault("decode only", []).extend([before, after])
+            table.setdefault(f"end to end, {kind}", []).append(end_to_end)
+            if arguments.stub:
+                limit = decode
+            else:
+                model = model_rate(job, str(out / job.tokenizer.folder), arguments.batch, arguments.images // 4)
+                table.setdefault("model only", []).append(model)
+                limit = 1 / (1 / model[0] + 1 / decode)
+            ratios.setdefault(kind, []).append(end_to_end[0] / limit)
+            print(f"round {number + 1}, {kind}: {end_to_end[0]:,.1f} of {limit:,.1f} images/s: {ratios[kind][-1]:.3f}", flush=True)
+            shutil.rmtree(out)
+    print(f"\n{'':24}{'images/s':>10}{'CPU ms/image':>14}{'start-up s':>12}   (medians)")
+    for name, rows in table.items():
+        columns = [statistics.median(column) for column in zip(*rows, strict=True)]
+        start_up = f"{columns[2]:12.1f}" if len(columns) > 2 else ""
+        print(f"{name:24}{columns[0]:10,.1f}{columns[1]:14.2f}{start_up}")
+    rule = "decoding and resizing alone" if arguments.stub else "1 / (1/model + 1/decode)"
+    for kind, values_of_kind in ratios.items():
+        print(f"ratio to {rule}, {kind}: {statistics.median(values_of_kind):.3f} (of {', '.join(f'{r:.3f}' for r in values_of_kind)})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""Fixtures for every test: shared data, a small corpus, and the command line as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_corpus import BSQ, REPOSITORY, RunBsq, bsq_environment, mp4, photo_members, write_tar
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=6, help="kills at random moments in the kill matrix")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The large shared data; a test that asks for it is skipped where it is absent."""
+    path = Path(os.environ.get("BSQTOK_SHARED", REPOSITORY.parent / "shared"))
+    if not (path / "data").is_dir():
+        pytest.skip(f"needs the shared data at {path} (set BSQTOK_SHARED)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Six shards of eight pictures each; the third also has two clips among them, of 5 and 11 frames."""
+    folder = tmp_path_factory.mktemp("small-shards")
+    shards = []
+    for number in range(6):
+        members = photo_members(100 * number, 8)
+        if number == 2:
+            members[8:8] = [("clip-a.mp4", mp4(1, 5)), ("clip-a.txt", b"five frames")]
+            members += [("clip-b.mp4", mp4(2, 11))]
+        shards.append(write_tar(folder / f"small-{number:02d}.tar", members))
+    return shards
+
+
+@pytest.fixture
+def bsq() -> RunBsq:
+    """Run one command in a process of its own and return its exit code and output."""
+
+    def run(
+        *arguments: object, timeout: float = 120, env: Mapping[str, str] | None = None, **settings: object
+    ) -> object:
+        return subprocess.run(
+            [*BSQ, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=bsq_environment(env),
+            check=False,
+            cwd=cwd,
+        )
+
+    return run
