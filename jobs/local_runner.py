@@ -10,6 +10,7 @@ import signal
 import threading
 from multiprocessing import connection
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.worker import Assignment, Heartbeat, Message, ShardWorker, WorkerBroken, WorkerSetup
@@ -147,7 +148,7 @@ def _run_child(setup: WorkerSetup, pipe: connection.Connection[Any, Any], log_pa
 def log_to(log_path: str, name: str) -> None:
     """Send log records, and whatever libraries print, to a file instead of the progress display."""
     logging.basicConfig(filename=log_path, level=logging.INFO, format=f"%(asctime)s {name} %(message)s", force=True)
-    with open(log_path, "ab", buffering=0) as file:
+    with Path(log_path).open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
 

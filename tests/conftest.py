@@ -44,8 +44,8 @@ def bsq() -> RunBsq:
     """Run one command in a process of its own and return its exit code and output."""
 
     def run(
-        *arguments: object, timeout: float = 120, env: Mapping[str, str] | None = None, **settings: object
-    ) -> object:
+        *arguments: object, timeout: float = 120, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*BSQ, *map(str, arguments)],
             capture_output=True,
