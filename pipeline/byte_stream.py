@@ -562,6 +562,15 @@ def _sniff_compression(head: bytes) -> str:
     return "zstd" if head[:4] == _ZSTD_MAGIC else ""
 
 
+def _cause(error: BaseException) -> BaseException:
+    """Return what is behind `error`: fsspec calls every failure to ask a web server "file not found"."""
+    cause = error.__cause__
+    if not isinstance(error, FileNotFoundError) or cause is None:
+        return error
+    is_of_the_net = type(cause).__module__.startswith("aiohttp") or isinstance(cause, ConnectionError | TimeoutError)
+    return cause if is_of_the_net else error
+
+
 def _status(error: BaseException) -> int:
     status = getattr(error, "status", 0)
     return status if isinstance(status, int) else 0
@@ -572,6 +581,7 @@ def _is_unauthorised(error: BaseException) -> bool:
 
 
 def _may_pass(error: BaseException) -> bool:
+    error = _cause(error)
     lasting = (
         FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, ImportError,
         TypeError, ValueError, MemoryError, ShardError, Stopped,
@@ -583,7 +593,8 @@ def _may_pass(error: BaseException) -> bool:
     return not (400 <= _status(error) < 500 and _status(error) not in (408, 425, 429))
 
 
-def _shard_error(error: Exception, url: str, options: Mapping[str, Any], *, position: int = 0) -> ShardError:
+def _shard_error(error: BaseException, url: str, options: Mapping[str, Any], *, position: int = 0) -> ShardError:
+    error = _cause(error)
     reason = printable_error(error, options).rstrip(".")
     if isinstance(error, FileNotFoundError | NotADirectoryError) or _status(error) in (404, 410):
         return ShardNotFound(f"{url}: there is no such shard. Check the URL and that the shard was not moved.")
