@@ -183,6 +183,7 @@ class _Clock:
         rate = stream.average_rate or stream.guessed_rate or _DEFAULT_RATE
         self._step = max(1, round(1 / (rate * self._tick)))
         self._offset = 0
+        self._warned = False
         self._last: int | None = None
         self._first = 0
         # The decimal that the user wrote, not its binary neighbour: 29.97 is 2997/100.
@@ -198,7 +199,8 @@ class _Clock:
             if last is not None and tick <= last:  # the clock restarts: what follows counts from here
                 tick = last + self._step
                 self._offset = tick - frame.pts
-        if (frame.pts is None or self._offset) and not warnings:
+        if (frame.pts is None or self._offset) and not self._warned:
+            self._warned = True
             state = "no time" if frame.pts is None else "a time that is not after the one before"
             warnings.append(
                 FrameTimesMissing(
