@@ -9,9 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pipeline.dataset_files import JOB_NAME, plan_name, read_job, read_plan, serialise_plan
-from pipeline.encode import STUB_NAME, stub_record
 from pipeline.sources import expand_shards
 from pipeline.storage import Storage, printable_url
+from pipeline.stub import STUB_NAME, stub_record
 from schemas.errors import FingerprintDiffers, OutputNotOurs, Refused, SpecError
 from schemas.fingerprint import differing_fields, fingerprint, fingerprint_fields
 from schemas.job import Job, TokenizerRecord

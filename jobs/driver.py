@@ -28,8 +28,8 @@ from jobs.lease import HeldLease, take_lease
 from jobs.progress import ProgressMeter
 from jobs.runner import Runner, WorkerHandle
 from pipeline.dataset_files import LedgerState, read_job, read_ledger, read_plan
+from pipeline.messages import Assignment, ShardCommitted, ShardFailed, WorkerBroken, WorkerSetup
 from pipeline.storage import Storage
-from pipeline.worker import Assignment, ShardCommitted, ShardFailed, WorkerBroken, WorkerSetup
 from schemas.errors import (
     BsqError,
     CircuitBreakerOpen,
@@ -56,6 +56,8 @@ MAX_BARREN_DEATHS = 3
 """Deaths of one worker in a row without a single message after which the job stops."""
 DRAIN_SECONDS = 20.0
 WAIT_SECONDS = 0.25
+_GPU_DEVICE_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+"""Where none of these is, torch would find no GPU; looking spares the driver its import."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -545,10 +547,12 @@ def _count_gpus(device: str, ray_address: str | None) -> int:
 
         connect_ray(ray_address)
         count = int(cluster_resource("GPU"))
-    else:
+    elif any(Path(path).exists() for path in _GPU_DEVICE_FILES):
         import torch
 
         count = torch.cuda.device_count()
+    else:
+        count = 0
     if device == "cuda" and not count:
         raise SpecError("device is cuda, but there is no GPU here. Use device: cpu, or a cluster that has one.")
     return count

@@ -13,7 +13,8 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.worker import Assignment, Heartbeat, Message, ShardWorker, WorkerBroken, WorkerSetup
+from pipeline.messages import Assignment, Heartbeat, Message, WorkerBroken, WorkerSetup
+from pipeline.worker import ShardWorker
 from schemas.errors import BsqError
 
 log = logging.getLogger("bsqtok.worker")

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict
 
 from jobs.lease import is_dead, read_lease
 from pipeline.dataset_files import LedgerState, read_job, read_ledger, read_manifest_summary, read_plan
+from pipeline.messages import Heartbeat
 from pipeline.storage import Storage
-from pipeline.worker import Heartbeat
 from schemas.errors import OutputNotOurs
 from schemas.lease import Lease, Progress
 from schemas.ledger import Commit

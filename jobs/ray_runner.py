@@ -11,7 +11,8 @@ import os
 from typing import Any
 
 from jobs.local_runner import DRAIN_SECONDS, HEARTBEAT_SECONDS
-from pipeline.worker import Assignment, Heartbeat, Message, ShardWorker, WorkerBroken, WorkerSetup
+from pipeline.messages import Assignment, Heartbeat, Message, WorkerBroken, WorkerSetup
+from pipeline.worker import ShardWorker
 from schemas.errors import BsqError, SpecError
 
 # Set before Ray is imported: it reads them at import.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from pipeline.worker import Assignment, Heartbeat, Message
+from pipeline.messages import Assignment, Heartbeat, Message
 
 
 class WorkerHandle(Protocol):

@@ -13,15 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline.stub import STUB_BITS, STUB_NAME, STUB_PATCH
 from schemas.errors import SpecError
 from schemas.job import TokenizerRecord
 from tokenizer.bsqvit import BSQViT
 from tokenizer.checkpoint import from_pretrained
 from tokenizer.codes import packed_size
-
-STUB_NAME = "stub"
-_STUB_BITS = 16
-_STUB_PATCH = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +62,14 @@ class _Done:
 
 
 class StubEncoder:
-    """Costs next to nothing: a token is two pixels of the frame's red plane.  For tests and benchmarks of the path
-    around the encoder; everything but the model runs as always."""
+    """Costs next to nothing: a token is two pixels of the frame's red plane."""
 
     num_lanes = 1
     depth = 1
     pin = False
 
     def submit(self, frames_BTCHW: torch.Tensor, num_rows: int) -> PendingBatch:
-        pixels = frames_BTCHW[:num_rows, :, 0].flatten(2)[:, :, :: _STUB_PATCH * _STUB_PATCH // (_STUB_BITS // 8)]
+        pixels = frames_BTCHW[:num_rows, :, 0].flatten(2)[:, :, :: STUB_PATCH * STUB_PATCH // (STUB_BITS // 8)]
         packed = pixels.flatten(1).contiguous().numpy()
         return _Done(Encoded(packed, np.ones(num_rows, dtype=np.bool_)))
 
@@ -209,22 +205,6 @@ def open_encoder(
     if dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
         raise SpecError(f"{torch.cuda.get_device_name(target)} has no bfloat16. Start the job with dtype: float32.")
     return CudaEncoder(model, target)
-
-
-def stub_record(image_size: int, max_frames: int) -> TokenizerRecord:
-    """The tokenizer record of the stub encoder."""
-    side = image_size // _STUB_PATCH
-    config = {"preset": STUB_NAME, "image_size": image_size, "patch_size": _STUB_PATCH, "max_frames": max_frames}
-    return TokenizerRecord(
-        name=STUB_NAME,
-        config=config,
-        weight_sha256=hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
-        folder="",
-        bits=_STUB_BITS,
-        group_size=_STUB_BITS,
-        patch_size=_STUB_PATCH,
-        grid=(side, side),
-    )
 
 
 def cut_tokens(packed_O: npt.NDArray[np.uint8], num_tokens: int, bits: int) -> bytes:
