@@ -39,9 +39,10 @@ BUFFER_BYTES = 128 << 10
 
 SKIP_BYTES = 1 << 20
 
-# Output per step is bounded by the caller's buffer.  Input is kept small because zlib copies what it has not used, once
-# for each member of a gzip stream, and a hostile stream has thousands of them.
+# Per step of decompression.  Input is kept small because zlib copies what it has not used, once for each member of a
+# gzip stream, and a hostile stream has thousands of them; output, because 32 kB of input can make 32 MB.
 COMPRESSED_BYTES = 32 << 10
+DECOMPRESSED_BYTES = 1 << 20
 
 # zstd's own default limit for streams written without --long; a hostile frame could ask for gigabytes.
 MAX_ZSTD_WINDOW_BYTES = 128 << 20
@@ -482,7 +483,7 @@ class _GzipReader(io.RawIOBase):
                     f"The gzip stream ends early, after {self._position:,} decompressed bytes. Copy the shard again.",
                     offset=self._position,
                 )
-            output = self._decompress(len(view))
+            output = self._decompress(min(len(view), DECOMPRESSED_BYTES))
             if self._member.eof:
                 self._input, self._member_began = self._member.unused_data, False
             else:

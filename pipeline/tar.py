@@ -314,13 +314,18 @@ class _Parser:
 
 def _number(field: bytes) -> int | None:
     """Return the value of a numeric field, octal or in base 256; None when it holds neither."""
+    digits = field.rstrip(b"\0 ")
+    if digits.isdigit():
+        return _octal(digits)
     if field[0] & 0x80:
-        # 0xff is a negative number, and sizes from 2**63 on are no file's.
+        # 0xff begins a negative number, and sizes from 2**63 on are no file's.
         value = int.from_bytes(field, "big") - (0x80 << 8 * (len(field) - 1))
         return value if 0 <= value < 1 << 63 else None
     digits = field.partition(b"\0")[0].strip(b" ")
-    if not digits:
-        return 0
+    return _octal(digits) if digits else 0
+
+
+def _octal(digits: bytes) -> int | None:
     # int() would also take signs, underscores and a 0o in front.
     if not digits.isdigit():
         return None
