@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import struct
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +51,8 @@ _PILLOW_CLASSES: tuple[tuple[bytes, int, type[ImageFile.ImageFile]], ...] = (
     (b"WEBP", 8, WebPImagePlugin.WebPImageFile),
     (b"II*\x00", 0, TiffImagePlugin.TiffImageFile),
     (b"MM\x00*", 0, TiffImagePlugin.TiffImageFile),
+    (b"II+\x00", 0, TiffImagePlugin.TiffImageFile),
+    (b"MM\x00+", 0, TiffImagePlugin.TiffImageFile),
     (b"BM", 0, BmpImagePlugin.BmpImageFile),
     (b"ftypavif", 4, AvifImagePlugin.AvifImageFile),
     (b"ftypavis", 4, AvifImagePlugin.AvifImageFile),
@@ -164,6 +167,8 @@ def _decode_other(
         check_size(*early, limits)
     if name == "WEBP" and struct.unpack_from("<I", payload, 4)[0] + 8 > len(payload):
         raise MediaTruncated(f"the WebP ends at byte {len(payload):,}, before its last chunk. Copy it again.")
+    if name == "TIFF" and _tiff_directory(payload) + 2 > len(payload):
+        raise MediaTruncated(f"the TIFF ends at byte {len(payload):,}, before its directory. Copy it again.")
     image = _open(image_class, payload, name)
     check_size(*image.size, limits)
     # Pillow turns a TIFF while loading it; its EXIF block then still holds the old orientation.
@@ -195,6 +200,12 @@ def _declared_size(payload: bytes) -> tuple[int, int] | None:
         return (packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1
     width, height = struct.unpack_from("<HH", payload, 26)
     return width & 0x3FFF, height & 0x3FFF
+
+
+def _tiff_directory(payload: bytes) -> int:
+    order: Literal["little", "big"] = "little" if payload.startswith(b"II") else "big"
+    big = payload[2:4] in (b"+\0", b"\0+")
+    return int.from_bytes(payload[8:16] if big else payload[4:8], order)
 
 
 def _open(image_class: type[ImageFile.ImageFile], payload: bytes, name: str) -> ImageFile.ImageFile:
