@@ -366,6 +366,16 @@ def reconstruct(
     ] = None,
     clip: Annotated[int, typer.Option("--clip", metavar="N", min=0, help="Number of the clip within its video.")] = 0,
     view: Annotated[int, typer.Option("--view", metavar="N", min=0, help="Number of the view.")] = 0,
+    shard: Annotated[
+        int | None,
+        typer.Option(
+            "--shard",
+            metavar="N",
+            min=0,
+            help="Number of the shard, for a key that several have. Left out: the only one that has it.",
+            show_default=False,
+        ),
+    ] = None,
     generation: Annotated[
         int | None,
         typer.Option(
@@ -379,7 +389,7 @@ def reconstruct(
 
     options = storage_options(storage_option or ())
     written = reconstruct_sample(
-        out, key, target=target, clip=clip, view=view, generation=generation, storage_options=options
+        out, key, target=target, clip=clip, view=view, shard=shard, generation=generation, storage_options=options
     )
     typer.echo(str(written))
 

@@ -24,7 +24,17 @@ corpus/              photographs and clips in WebDataset shards
 tokens/              the dataset of tokens made of them
 reconstructions.png  originals beside what their tokens decode to
 """
-PICTURED_KEYS = ["astronaut-00", "chelsea-00", "coffee-00", "rocket-00", "china-00", "motorcycle_left-00"]
+PICTURED_KEYS = [
+    "astronaut-00",
+    "chelsea-00",
+    "coffee-00",
+    "motorcycle_left-00",
+    "china-00",
+    "flower-03",
+    "camera-00",
+    "clip-02-astronaut",
+]
+"""In the picture, as far as the corpus has them."""
 
 
 def run_demo(out: Path, *, runner: Literal["ray", "local"] = "ray") -> int:
@@ -32,6 +42,7 @@ def run_demo(out: Path, *, runner: Literal["ray", "local"] = "ray") -> int:
 
     Raises OutputNotOurs when `out` holds something that no demo has written."""
     from jobs.driver import start_job
+    from jobs.reconstruct import side_by_side
 
     begun = time.monotonic()
     _make_room(out)
@@ -52,7 +63,8 @@ def run_demo(out: Path, *, runner: Literal["ray", "local"] = "ray") -> int:
     for line in outcome.lines:
         typer.echo(line)
 
-    picture = _draw(out)
+    pictured = [key for key in PICTURED_KEYS if key in corpus.keys]
+    picture = side_by_side(tokens, out / "reconstructions.png", pictured)
     typer.echo(f"\nDrew {picture}: originals above, what their tokens decode to below.")
     trained, name = _is_trained(out / "tokens")
     if not trained:
@@ -66,7 +78,7 @@ def run_demo(out: Path, *, runner: Literal["ray", "local"] = "ray") -> int:
         f"  bsq status {where}\n"
         f"  bsq inspect {where}\n"
         f"  bsq verify {where}\n"
-        f"  bsq reconstruct {where} --key {PICTURED_KEYS[0]} --out astronaut.png\n"
+        f"  bsq reconstruct {where} --key {pictured[0]}\n"
         f"\nDone in {describe_seconds(time.monotonic() - begun)}."
     )
     return outcome.exit_code
@@ -86,7 +98,3 @@ def _is_trained(tokens: Path) -> tuple[bool, str]:
     job = Job.model_validate_json((tokens / "job.json").read_bytes())
     config = job.tokenizer.config
     return bool(config.get("trained")), str(config.get("preset", job.tokenizer.name))
-
-
-def _draw(out: Path) -> Path:
-    raise NotImplementedError

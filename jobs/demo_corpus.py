@@ -24,7 +24,7 @@ from PIL import Image
 from schemas.errors import SpecError
 
 NUM_PHOTO_SHARDS = 3
-CROPS_PER_PHOTO = 5
+CROPS_PER_PHOTO = 3
 LONG_SIDE_PX = 640
 """Of a whole photograph; crops keep the resolution of their source."""
 MIN_CROP_PX = 160
@@ -82,9 +82,9 @@ class _Move:
 
 _MOVES = [
     _Move("china", 2, (0.3, 0.5, 1.3), (0.7, 0.5, 1.3)),
-    _Move("coffee", 3, (0.5, 0.5, 1.0), (0.52, 0.45, 2.5)),
-    _Move("astronaut", 4, (0.45, 0.25, 2.5), (0.5, 0.6, 1.2)),
-    _Move("rocket", 5, (0.5, 0.8, 2.5), (0.5, 0.3, 1.6)),
+    _Move("coffee", 2, (0.5, 0.5, 1.0), (0.52, 0.45, 2.5)),
+    _Move("astronaut", 3, (0.45, 0.25, 2.5), (0.5, 0.6, 1.2)),
+    _Move("rocket", 3, (0.5, 0.8, 2.5), (0.5, 0.3, 1.6)),
 ]
 
 
@@ -96,6 +96,8 @@ class DemoCorpus:
     num_images: int
     num_clips: int
     num_bytes: int
+    keys: list[str]
+    """Keys of all samples, in the order of the shards."""
 
 
 def build_demo_corpus(folder: Path) -> DemoCorpus:
@@ -119,6 +121,7 @@ def build_demo_corpus(folder: Path) -> DemoCorpus:
         num_images=len(images),
         num_clips=len(clips),
         num_bytes=sum(path.stat().st_size for path in shards),
+        keys=[sample["__key__"] for samples in contents.values() for sample in samples],
     )
 
 

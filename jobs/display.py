@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -112,7 +113,8 @@ def describe_progress(progress: Progress) -> list[str]:
     share = f" ({done / progress.shards:.0%})" if progress.shards else ""
     shards = f"{done:,} of {progress.shards:,} shards{share}"
     if progress.eta_seconds is not None and done < progress.shards:
-        shards += f", {describe_seconds(progress.eta_seconds)} left"
+        left = math.ceil(progress.eta_seconds)
+        shards += f", {left} s left" if left < 60 else f", {describe_seconds(left)} left"
     speed = f"{progress.samples:,} samples"
     if progress.samples_per_second:
         speed += f", {progress.samples_per_second:,.1f} samples/s, {progress.tokens_per_second:,.0f} tokens/s"

@@ -39,7 +39,7 @@ def media(sample: dict) -> str:
 
 def test_webdataset_reads_every_sample_with_its_members(corpus, samples):
     kinds = Counter(media(sample) for sample in samples)
-    assert sum(kinds[name] for name in IMAGE_EXTENSIONS) == corpus.num_images >= 60
+    assert sum(kinds[name] for name in IMAGE_EXTENSIONS) == corpus.num_images >= 40
     assert kinds["mp4"] == corpus.num_clips == 4
     assert set(kinds) == IMAGE_EXTENSIONS | {"mp4"}
     assert len({sample["__key__"] for sample in samples}) == len(samples)
