@@ -15,8 +15,9 @@ import webdataset
 from PIL import Image
 
 from jobs import demo_corpus
+from jobs.demo import run_demo
 from jobs.demo_corpus import CLIP_RATE, DemoCorpus, build_demo_corpus, find_photos
-from schemas.errors import SpecError
+from schemas.errors import OutputNotOurs, SpecError
 
 IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}
 
@@ -111,3 +112,11 @@ def test_missing_packages_are_named_with_the_remedy(monkeypatch):
         SpecError, match=r"scikit-none, not installed here. Install them with: pip install 'bsqtok\[demo\]'"
     ):
         find_photos()
+
+
+def test_the_demo_replaces_no_folder_that_is_not_its_own(tmp_path):
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "mine.txt").write_text("precious")
+    with pytest.raises(OutputNotOurs, match="Name another folder with --out"):
+        run_demo(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["tokens", "mine.txt"]
