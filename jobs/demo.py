@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Literal
@@ -54,7 +55,8 @@ def run_demo(out: Path, *, runner: Literal["ray", "local"] = "ray") -> int:
     )
 
     shards, tokens = str(out / "corpus" / "*.tar"), str(out / "tokens")
-    command = f"bsq tokenize {shlex.quote(shards)} --out {shlex.quote(tokens)}" + (" --no-ray" * (runner == "local"))
+    bsq = shlex.quote(_program())
+    command = f"{bsq} tokenize {shlex.quote(shards)} --out {shlex.quote(tokens)}" + " --no-ray" * (runner == "local")
     typer.echo(f"\nTokenizing it, as this command would:\n  {command}")
     spec = parse_spec({"shards": [str(path) for path in corpus.shards], "out": tokens}, source="demo")
     with job_display() as display:
@@ -75,10 +77,10 @@ def run_demo(out: Path, *, runner: Literal["ray", "local"] = "ray") -> int:
     where = shlex.quote(tokens)
     typer.echo(
         f"\nLook around:\n"
-        f"  bsq status {where}\n"
-        f"  bsq inspect {where}\n"
-        f"  bsq verify {where}\n"
-        f"  bsq reconstruct {where} --key {pictured[0]}\n"
+        f"  {bsq} status {where}\n"
+        f"  {bsq} inspect {where}\n"
+        f"  {bsq} verify {where}\n"
+        f"  {bsq} reconstruct {where} --key {pictured[0]}\n"
         f"\nDone in {describe_seconds(time.monotonic() - begun)}."
     )
     return outcome.exit_code
@@ -92,6 +94,15 @@ def _make_room(out: Path) -> None:
             shutil.rmtree(out / name, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     (out / MARKER).write_text(_README, encoding="utf-8")
+
+
+def _program() -> str:
+    """What a person types to run us: `bsq`, or its path where the environment is not active (`make demo`)."""
+    called = Path(sys.argv[0])
+    found = shutil.which("bsq")
+    if called.name == "bsq" and (found is None or not called.exists() or not called.samefile(found)):
+        return str(called)
+    return "bsq"
 
 
 def _is_trained(tokens: Path) -> tuple[bool, str]:
