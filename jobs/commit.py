@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 
-from pipeline.dataset_files import ledger_folder
+from pipeline.dataset_files import ledger_folder, select_segments
 from pipeline.steps import reached
 from pipeline.storage import Storage
 from schemas.errors import LeaseLost
-from schemas.ledger import Arithmetic, Attempt, Commit, GivenUp, segment_name
+from schemas.ledger import Arithmetic, Attempt, Commit, GivenUp, merge_segments, segment_name, segment_range
 
 SEGMENT_RECORDS = 256
 SEGMENT_SECONDS = 5.0
+MERGED_SEGMENTS = 64
+"""Segments of one level that become one of the next, so that any job has at most some thousands."""
+MERGED_BYTES = 64 << 20
+"""More than this stays apart: a merge is done in memory."""
 
 
 class LedgerWriter:
@@ -61,3 +65,26 @@ class LedgerWriter:
         reached("after_ledger")
         self._next_segment += 1
         self._waiting = []
+        self._merge()
+
+    def _merge(self) -> None:
+        """Merge the last 64 segments of a level into one of the next, as often as that is due.
+
+        The merged segment is published before its parts are deleted, and the same parts give the same bytes: a
+        driver that dies in between leaves a ledger that reads the same."""
+        span = MERGED_SEGMENTS
+        while self._next_segment % span == 0:
+            first, last = self._next_segment - span, self._next_segment - 1
+            try:
+                selected = select_segments(self._storage.list(self._folder))
+            except LookupError:
+                return  # the listing lags behind; a later merge takes these too
+            bounds = {name: segment_range(name) or (0, -1) for name in selected}
+            parts = [name for name in selected if first <= bounds[name][0] <= bounds[name][1] <= last]
+            if len(parts) < 2 or sum(self._storage.size(f"{self._folder}/{name}") for name in parts) > MERGED_BYTES:
+                return
+            data = merge_segments([self._storage.read_bytes(f"{self._folder}/{name}") for name in parts])
+            self._storage.create_only(f"{self._folder}/{segment_name(first, last)}", data)
+            for name in parts:
+                self._storage.delete(f"{self._folder}/{name}")
+            span *= MERGED_SEGMENTS

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
@@ -138,6 +140,15 @@ def parse_lines(data: bytes, *, name: str) -> Iterable[Commit | Attempt | GivenU
                 f"{name}, line {number}: not a ledger record. The segment was changed after it was written; "
                 f"restore it from a copy, or tokenize into another folder."
             ) from error
+
+
+def merge_segments(parts: Iterable[bytes]) -> bytes:
+    """Join segments, in order, into one that begins with a summary of what it holds."""
+    lines = [line for part in parts for line in part.splitlines() if line.strip()]
+    records = [line for line in lines if json.loads(line)["kind"] != "summary"]
+    counts = Counter(json.loads(line)["kind"] for line in records)
+    summary = Summary(counts=dict(sorted(counts.items())))
+    return b"\n".join([summary.to_line().encode(), *records]) + b"\n"
 
 
 def segment_name(first: int, last: int | None = None) -> str:
