@@ -181,9 +181,8 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
     files = photographs()
     shards = write_shards(folder / "shards", arguments.images, arguments.images_per_shard)
     size = sum(map(len, files)) / len(files) / 1000
-    print(
-        f"{platform.processor() or platform.machine()}, {NUM_CPUS} cores, torch {torch.__version__}, Python {platform.python_version()}"
-    )
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine()
+    print(f"{device}, {NUM_CPUS} cores, torch {torch.__version__}, Python {platform.python_version()}")
     print(f"{arguments.images:,} photographs of 640x480 px, {size:.0f} kB on average, in {len(shards)} shards")
     values = {
         "shards": shards,
@@ -226,11 +225,11 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
         columns = [statistics.median(column) for column in zip(*rows, strict=True)]
         start_up = f"{columns[2]:12.1f}" if len(columns) > 2 else ""
         print(f"{name:24}{columns[0]:10,.1f}{columns[1]:14.2f}{start_up}")
-    rule = "decoding and resizing alone" if arguments.stub else "1 / (1/model + 1/decode)"
-    for kind, values_of_kind in ratios.items():
-        print(
-            f"ratio to {rule}, {kind}: {statistics.median(values_of_kind):.3f} (of {', '.join(f'{r:.3f}' for r in values_of_kind)})"
-        )
+    shared_cores = "1 / (1/model + 1/decode)" if arguments.device == "cpu" else "the smaller of model and decode"
+    rule = "decoding and resizing alone" if arguments.stub else shared_cores
+    for kind, of_kind in ratios.items():
+        rounds = ", ".join(f"{ratio:.3f}" for ratio in of_kind)
+        print(f"ratio to {rule}, {kind}: {statistics.median(of_kind):.3f} (rounds: {rounds})")
 
 
 if __name__ == "__main__":
