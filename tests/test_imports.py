@@ -7,7 +7,6 @@ import graphlib
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,10 +101,9 @@ def modules_after(statement: str) -> set[str]:
 def test_a_package_loads_within_a_second_of_torch_and_without_ray(package):
     loaded = modules_after(f"import {package}")
     assert not {"ray", "typer", "webdataset"} & loaded
-    code = f"import torch, time; begun = time.perf_counter(); import {package}; print(time.perf_counter() - begun)"
-    # The best of three: other programs share the machine.
-    seconds = min(float(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT)) for _ in range(3))
-    assert seconds < 1.0
+    # Processor time, for other programs share the machine.
+    code = f"import torch, time; begun = time.process_time(); import {package}; print(time.process_time() - begun)"
+    assert float(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT)) < 1.0
 
 
 def test_the_tokenizer_loads_without_what_a_gpu_machine_may_lack():
@@ -116,9 +114,6 @@ def test_the_tokenizer_loads_without_what_a_gpu_machine_may_lack():
 def test_help_loads_neither_torch_nor_ray_and_comes_at_once():
     statement = "from jobs.cli import run\nassert run(['tokenize', '--help']) == 0\nassert run(['--help']) == 0"
     assert not {"torch", "ray", "pyarrow", "numpy", "av"} & modules_after(statement)
-    seconds = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "jobs.cli", "--help"], stdout=subprocess.DEVNULL, cwd=ROOT, check=True)
-        seconds.append(time.perf_counter() - begun)
-    assert min(seconds) < 2.0  # 0.3 s on an idle machine
+    code = "import sys, time; from jobs.cli import run; run(['--help']); print(time.process_time(), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert float(done.stderr) < 1.0  # 0.3 s here
