@@ -21,7 +21,7 @@ from tokenizer.checkpoint import CheckpointFiles, read_checkpoint
 STUB_IMAGE_SIZE = 256
 STUB_MAX_FRAMES = 16
 # What a job that was killed while it began may have left behind; anything else in a folder is not ours.
-_BEGINNINGS = ("lease.json", "tokenizer/", "plan/", "logs/")
+_BEGINNINGS = {"lease.json", "tokenizer/", "plan/", "logs/"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +90,11 @@ def recognise(storage: Storage, beginning: Beginning) -> Job | None:
     existing = read_job(storage)
     job = beginning.job
     if existing is None:
-        names = storage.list("", recursive=False)
-        strangers = [name for name in names if not name.startswith(_BEGINNINGS)]
-        if strangers or storage.list("tokens", recursive=True):
+        strangers = [name for name in storage.entries() if name not in _BEGINNINGS]
+        if strangers:
             raise OutputNotOurs(
-                f"{storage.url}: the folder holds {(strangers or ['tokens/'])[0]!r} but no {JOB_NAME}; it is no bsqtok "
-                f"dataset. Choose an empty or new folder."
+                f"{storage.url}: the folder holds {strangers[0]!r} but no {JOB_NAME}; it is no bsqtok dataset. "
+                f"Choose an empty or new folder."
             )
         return None
     if existing.fingerprint != job.fingerprint:

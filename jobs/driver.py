@@ -11,6 +11,7 @@ import heapq
 import os
 import random
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -34,6 +35,7 @@ from schemas.errors import (
     BsqError,
     CircuitBreakerOpen,
     Interrupted,
+    LeaseLost,
     OutputNotOurs,
     SpecError,
 )
@@ -157,12 +159,14 @@ def _run_generation(
             driver.run(runner)
         finally:
             runner.close()
+            # A lease that was lost means that the temporaries are another driver's.
+            if not isinstance(sys.exception(), LeaseLost):
+                storage.sweep_temporaries(older_than=time.time())
         ledger = read_ledger(storage, generation)
     if not is_finished(storage, generation):
         write_manifest(storage, job, ledger, generation)
     if driver.leaves_strays:
         sweep(storage, ledger)
-        storage.sweep_temporaries(older_than=time.time())
     return driver.outcome(ledger)
 
 

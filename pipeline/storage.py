@@ -197,6 +197,18 @@ class Storage:
             names = sorted(self._list_remote(folder, recursive))
         return [name for name in names if not _TEMPORARY.fullmatch(name.rpartition("/")[2])]
 
+    def entries(self) -> _Names:
+        """Return what lies directly in the output, sorted; folders end in a slash, temporaries are left out."""
+        if self.is_local:
+            with self._mapping_errors("list", ""):
+                try:
+                    found = [f"{each.name}/" if each.is_dir() else each.name for each in os.scandir(self._local(""))]
+                except FileNotFoundError:
+                    return []
+        else:
+            found = self._list_remote("", recursive=False, folders=True)
+        return sorted(name for name in found if not _TEMPORARY.fullmatch(name))
+
     # Writing
 
     def publish(self, name: str, data: bytes, *, on_step: Callable[[str], None] | None = None) -> None:
@@ -444,15 +456,17 @@ class Storage:
             raise FileNotFoundError(errno.ENOENT, "no such object", self.printable(name))
         return info
 
-    def _list_remote(self, folder: str, recursive: bool) -> _Names:
+    def _list_remote(self, folder: str, recursive: bool, folders: bool = False) -> _Names:
         path = self._path(folder)
         prefix = str(self._fs._strip_protocol(path)).rstrip("/") + "/"
 
         def names() -> _Names:
             self._fs.invalidate_cache()
             entries = self._fs.find(path, detail=True).values() if recursive else self._fs.ls(path, detail=True)
-            files = (str(entry["name"]) for entry in entries if entry["type"] == "file")
-            return [name[len(prefix) :] for name in files if name.startswith(prefix)]
+            names = [str(entry["name"]) for entry in entries if entry["type"] == "file"]
+            if folders:
+                names += [f"{entry['name'].rstrip('/')}/" for entry in entries if entry["type"] == "directory"]
+            return [name[len(prefix) :] for name in names if name.startswith(prefix)]
 
         try:
             return list(self._remotely("list", folder, names))

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 from pipeline.batch import Batch, Batcher
-from pipeline.byte_stream import open_shard
+from pipeline.byte_stream import ShardStream, open_shard
 from pipeline.decode import Decoder
 from pipeline.encode import Encoder, PendingBatch, arithmetic_id, batch_shapes, cut_tokens, open_encoder
 from pipeline.group import group_samples
@@ -97,6 +97,7 @@ class ShardWorker:
         self._num_undecoded = 0
         self._progress = self._num_rows = self._num_tokens = self._num_samples = 0
         self._num_shards_open = 0
+        self._stream: ShardStream | None = None
         self._activities: dict[str, Activity] = {}
         self._began = time.monotonic()
         self._num_decoders = max(1, setup.num_cpus)
@@ -126,7 +127,8 @@ class ShardWorker:
         """Say what the worker is doing; answers at once, whatever the threads are stuck in."""
         with self._counts:
             return Heartbeat(
-                progress=self._progress,
+                # Reading a large member, or past one, is progress too.
+                progress=self._progress + (self._stream.bytes_read if self._stream else 0),
                 busy=self._num_shards_open > 0,
                 rows=self._num_rows,
                 tokens=self._num_tokens,
@@ -187,6 +189,7 @@ class ShardWorker:
         began = time.monotonic()
         with open_shard(shard.url, self._setup.storage_options, stop=self._stop) as stream:
             shard.source_bytes, shard.source_etag = stream.size, stream.etag
+            self._stream = stream
             samples = group_samples(read_members(stream, spec.limits), spec.limits)
             while True:
                 try:
