@@ -97,7 +97,7 @@ def modules_after(statement: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("package", ["tokenizer", "pipeline"])
+@pytest.mark.parametrize("package", ["tokenizer", "tokenizer.bsqvit", "pipeline", "pipeline.worker"])
 def test_a_package_loads_within_a_second_of_torch_and_without_ray(package):
     loaded = modules_after(f"import {package}")
     assert not {"ray", "typer", "webdataset"} & loaded
