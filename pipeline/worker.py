@@ -203,7 +203,6 @@ class ShardWorker:
                     break
                 if self._draining.is_set():
                     shard.aborted = True
-                    self._reader_waits = True
                     raise Stopped
                 shard.seconds.read += time.monotonic() - began
                 shard.num_samples += 1
@@ -297,7 +296,9 @@ class ShardWorker:
     # ---- device
 
     def _is_idle(self) -> bool:
-        return self._reader_waits and self._num_undecoded == 0 and len(self._inbox) == 0
+        # While draining, the reader hands nothing on, whatever is still assigned to it.
+        no_input = self._draining.is_set() or (self._reader_waits and len(self._inbox) == 0)
+        return no_input and self._num_undecoded == 0
 
     def _encode_batches(self) -> None:
         name = threading.current_thread().name
