@@ -55,7 +55,7 @@ BREAKER_FIRST_SHARDS = 10
 BACKOFF_SECONDS = 1.0
 BACKOFF_MOST_SECONDS = 60.0
 MAX_BARREN_DEATHS = 3
-"""Deaths of one worker in a row without a single message after which the job stops."""
+"""Deaths of one worker in a row before it came up after which the job stops."""
 DRAIN_SECONDS = 20.0
 WAIT_SECONDS = 0.25
 _GPU_DEVICE_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
@@ -179,7 +179,7 @@ class _Slot:
     last_progress: int = -1
     last_change: float = field(default_factory=time.monotonic)
     barren_deaths: int = 0
-    """Deaths in a row before this worker without one finished shard."""
+    """Deaths in a row of those before this worker, none of which came up."""
     broken: str = ""
     """What the worker said before it was given up."""
     drained: bool = False
@@ -210,6 +210,8 @@ class Driver:
         self.num_left = len(self._open)
         self._next = 0
         self._later: list[tuple[float, int]] = []
+        # Shards in flight when a worker died: tried again by themselves, so that one costs no other an attempt.
+        self._suspects: set[int] = set()
         self._slots: dict[int, _Slot] = {}
         self._meter = ProgressMeter(len(urls), ledger)
         self._messages: collections.Counter[str] = collections.Counter()
@@ -276,7 +278,10 @@ class Driver:
 
     def _hand_out(self) -> None:
         for slot in self._slots.values():
-            while len(slot.in_flight) < SHARDS_IN_FLIGHT and (shard := self._next_shard()) is not None:
+            while len(slot.in_flight) < SHARDS_IN_FLIGHT and not self._suspects.intersection(slot.in_flight):
+                shard = self._next_shard(alone=not slot.in_flight)
+                if shard is None:
+                    break
                 attempt = self._attempts.get(shard, 0) + 1
                 assignment = Assignment(shard, attempt, self._urls[shard], adopt=self._resumed or attempt > 1)
                 if not slot.in_flight:
@@ -284,9 +289,11 @@ class Driver:
                 slot.in_flight[shard] = assignment
                 slot.handle.assign(assignment)
 
-    def _next_shard(self) -> int | None:
-        if self._later and self._later[0][0] <= time.monotonic():
-            return heapq.heappop(self._later)[1]
+    def _next_shard(self, *, alone: bool) -> int | None:
+        if self._later:
+            due, shard = self._later[0]
+            if due <= time.monotonic() and (alone or shard not in self._suspects):
+                return heapq.heappop(self._later)[1]
         if self._next < len(self._open):
             self._next += 1
             return self._open[self._next - 1]
@@ -297,8 +304,6 @@ class Driver:
     def _attend(self, runner: Runner, number: int) -> None:
         slot = self._slots[number]
         for message in slot.handle.take_messages():
-            if not isinstance(message, WorkerBroken):
-                slot.barren_deaths = 0
             if isinstance(message, ShardCommitted):
                 self._on_commit(slot, message)
             elif isinstance(message, ShardFailed):
@@ -361,6 +366,7 @@ class Driver:
         worker: str,
         retryable: bool,
         keys_in_flight: list[str] | None = None,
+        counts: bool = True,
     ) -> None:
         shard = assignment.shard
         self._writer.add(
@@ -371,18 +377,19 @@ class Driver:
                 error=error,
                 message=message,
                 keys_in_flight=keys_in_flight or [],
+                counts=counts,
                 worker=worker,
                 at=_now(),
             )
         )
-        self._attempts[shard] = self._attempts.get(shard, 0) + 1
-        if retryable and self._attempts[shard] < self._run_spec.max_attempts:
-            delay = min(BACKOFF_SECONDS * 2 ** (self._attempts[shard] - 1), BACKOFF_MOST_SECONDS)
+        attempts = self._attempts[shard] = self._attempts.get(shard, 0) + counts
+        if retryable and attempts < self._run_spec.max_attempts:
+            delay = min(BACKOFF_SECONDS * 2 ** max(0, attempts - 1), BACKOFF_MOST_SECONDS)
             # Jitter keeps shards that failed together from coming back together.
             heapq.heappush(self._later, (time.monotonic() + delay * random.uniform(0.5, 1.0), shard))
             self._say(f"shard {shard}, attempt {assignment.attempt} failed, will be tried again: {message}")
             return
-        self._writer.add(GivenUp(shard=shard, attempts=self._attempts[shard], error=error, message=message, at=_now()))
+        self._writer.add(GivenUp(shard=shard, attempts=attempts, error=error, message=message, at=_now()))
         self.num_left -= 1
         self._meter.gave_up()
         self._messages[message] += 1
@@ -407,6 +414,9 @@ class Driver:
         self._say(reason)
         heartbeat = slot.handle.heartbeat()
         activities = list(heartbeat.activities.values()) if heartbeat else []
+        came_up = heartbeat is not None
+        if came_up:
+            self._suspects.update(slot.in_flight)
         for assignment in slot.in_flight.values():
             self._fail_attempt(
                 assignment,
@@ -416,12 +426,11 @@ class Driver:
                 worker=slot.handle.name,
                 retryable=True,
                 keys_in_flight=[a.key for a in activities if a.shard == assignment.shard and a.key],
+                counts=came_up,
             )
-        barren = slot.barren_deaths + 1
+        barren = 0 if came_up else slot.barren_deaths + 1
         if barren >= MAX_BARREN_DEATHS:
-            raise BsqError(
-                f"{reason}, {barren} times in a row before it did anything. The log in logs/ has the details."
-            )
+            raise BsqError(f"{reason}, {barren} times in a row before it came up. The log in logs/ has the details.")
         if self.num_left:
             self._slots[number] = _Slot(runner.start_worker(number), barren_deaths=barren)
 

@@ -124,6 +124,8 @@ def _run_child(setup: WorkerSetup, pipe: connection.Connection[Any, Any], log_pa
 
     def send_messages() -> None:
         try:
+            # The first says at once that the worker is up.
+            pipe.send(([], worker.heartbeat()))
             while not ended.is_set():
                 messages = worker.poll(HEARTBEAT_SECONDS)
                 pipe.send((messages, worker.heartbeat()))

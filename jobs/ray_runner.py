@@ -104,7 +104,8 @@ class _Actor:
         self._messages: list[Message] = []
         self._death: str | None = None
         self._draining: Any = None
-        self.polling: Any = actor.poll.remote(HEARTBEAT_SECONDS)
+        # The first poll waits for nothing: its answer says that the worker is up.
+        self.polling: Any = actor.poll.remote(0)
 
     def assign(self, assignment: Assignment) -> None:
         if self._death is None:
