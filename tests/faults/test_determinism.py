@@ -1,0 +1,97 @@
+"""The same job gives the same bytes, whoever runs it, with however many workers and whatever batch."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from pipeline.dataset_files import read_ledger, read_manifest
+from pipeline.storage import Storage
+from tests.tiny_corpus import RunBsq, dataset_files, jpeg, mp4, photo_members, write_tar
+
+WAYS = {
+    "one spawned worker, batches of 32": ["--no-ray", "--workers", "1", "--batch", "32"],
+    "two spawned workers, batches of 4": ["--no-ray", "--workers", "2", "--batch", "4"],
+    "inside the driver, batches of 4": ["--in-process", "--workers", "1", "--batch", "4"],
+    "two Ray actors, batches of 32": ["--workers", "2", "--batch", "32"],
+}
+
+
+def tokenize_in_every_way(
+    bsq: RunBsq, folder: Path, shards: list[Path], arguments: list[str], *, exit_code: int, timeout: float
+) -> Path:
+    """Run one job in all ways, assert that they agree in every byte, and return one of the outputs."""
+    outputs = {}
+    for number, (way, options) in enumerate(WAYS.items()):
+        out = folder / f"out-{number}"
+        job = bsq("tokenize", *shards, "--out", out, *arguments, *options, timeout=timeout)
+        assert job.returncode == exit_code, (way, job.stderr)
+        outputs[way] = dataset_files(out)
+    first, *others = outputs
+    for other in others:
+        assert outputs[other] == outputs[first], f"{other} differs from {first}"
+    return folder / "out-0"
+
+
+def test_bytes_do_not_depend_on_workers_batches_or_who_runs_them(tmp_path: Path, bsq: RunBsq) -> None:
+    mixed = photo_members(0, 6)
+    mixed[4:4] = [("clip-a.mp4", mp4(1, 5)), ("clip-a.txt", b"five frames")]
+    mixed[22:22] = [("clip-b.mp4", mp4(2, 21)), ("cut.jpg", jpeg(50)[:900]), ("bad.jpg", jpeg(51)), ("bad.cls", b"x")]
+    mixed += [("late.webm", b"no video"), ("000001.jpg", jpeg(52)), ("clip-c.mp4", mp4(3, 9, width=80, height=96))]
+    photos = [write_tar(tmp_path / f"photos-{number}.tar", photo_members(100 * number, 7)) for number in (1, 2)]
+    whole = write_tar(tmp_path / "whole.tar", photo_members(300, 5)).read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
+    shards = [write_tar(tmp_path / "mixed.tar", mixed), photos[0], tmp_path / "cut.tar", photos[1]]
+    arguments = ["--tokenizer", "untrained:vit-tiny-32-l18", "--crop", "random", "--views", "2", "--flip", "0.5"]
+    out = tokenize_in_every_way(bsq, tmp_path, shards, arguments, exit_code=3, timeout=120)
+    ledger = read_ledger(Storage(str(out)), 0)
+    mixed_commit = ledger.commits[0, 0]
+    # Two views of seven pictures and of one, three and two clips.
+    assert mixed_commit.rows == 2 * (7 + 1 + 3 + 2)
+    assert (mixed_commit.min_frames, mixed_commit.max_frames) == (1, 8)
+    assert (mixed_commit.failed, mixed_commit.warnings) == (3, 1)
+    assert ledger.commits[2, 0].partial
+    assert len(dataset_files(out)) == 4 + 2
+
+
+def members_of(path: Path) -> list[tuple[str, bytes]]:
+    with tarfile.open(path) as archive:
+        members = []
+        for entry in archive:
+            file = archive.extractfile(entry)
+            if file is not None:
+                members.append((entry.name, io.BytesIO(file.read()).getvalue()))
+        return members
+
+
+@pytest.mark.long
+@pytest.mark.shared
+def test_bytes_of_the_real_model_over_real_and_hostile_input_do_not_depend_on_them_either(
+    tmp_path: Path, bsq: RunBsq, shared: Path
+) -> None:
+    data = shared / "data"
+    clips = members_of(data / "demo" / "clips-000000.tar")
+    photos = members_of(data / "demo" / "photos-000000.tar")
+    # Every few members of photographs a clip: both kinds of batch are filled from one shard.
+    first_clips = sorted({name.partition(".")[0] for name, _ in clips})[:3]
+    mixed: list[tuple[str, bytes]] = []
+    for number, key in enumerate(sorted({name.partition(".")[0] for name, _ in photos})):
+        mixed += [member for member in photos if member[0].partition(".")[0] == key]
+        if number < len(first_clips):
+            mixed += [member for member in clips if member[0].partition(".")[0] == first_clips[number]]
+    shards = [
+        write_tar(tmp_path / "mixed.tar", mixed),
+        *sorted((data / "demo").glob("*.tar")),
+        *sorted(path for path in (data / "nasty").glob("*.tar*") if path.name != "many-members.tar"),
+    ]
+    arguments = ["--tokenizer", "untrained:vit-small-128-l18", "--fps", "4"]
+    out = tokenize_in_every_way(bsq, tmp_path, shards, arguments, exit_code=3, timeout=1200)
+    manifest = read_manifest(Storage(str(out)))
+    assert manifest is not None
+    rows = manifest.table.to_pylist()
+    assert rows[0]["min_frames"] == 1 and rows[0]["max_frames"] > 1, "pictures and clips in one shard"
+    assert manifest.summary.rows > 250
+    assert manifest.summary.failed > 50
