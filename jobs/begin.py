@@ -136,7 +136,7 @@ def _concrete(spec: JobSpec, record: TokenizerRecord, *, gpus: bool) -> JobSpec:
         size = image_size
     elif size != image_size:
         raise SpecError(
-            f"preprocess.size is {size}, but the tokenizer {record.name} was trained at {image_size}. "
+            f"preprocess.size is {size}, but the tokenizer {record.name} takes {image_size}. "
             f"Leave size out, or choose another tokenizer."
         )
     clip_frames = spec.clips.clip_frames

@@ -30,13 +30,14 @@ from jobs.progress import ProgressMeter
 from jobs.runner import Runner, WorkerHandle
 from pipeline.dataset_files import LedgerState, read_job, read_ledger, read_plan
 from pipeline.messages import Assignment, ShardCommitted, ShardFailed, WorkerBroken, WorkerSetup
-from pipeline.storage import Storage
+from pipeline.storage import HIDDEN, Storage, printable_url
 from schemas.errors import (
     BsqError,
     CircuitBreakerOpen,
     Interrupted,
     LeaseLost,
     OutputNotOurs,
+    Refused,
     SpecError,
 )
 from schemas.job import Job
@@ -126,6 +127,11 @@ def resume_job(
     spec = job.spec.model_copy(update={"out": out, "run": job.spec.run.model_copy(update=changes)})
     with _holding_lease(storage, force=force) as lease:
         urls = read_plan(storage, 0)["url"].to_pylist()
+        if any(HIDDEN in url for url in urls):
+            raise Refused(
+                f"{storage.url}: the URLs of its shards held credentials, which are not written down. Repeat the "
+                f"`bsq tokenize` command that began the job: it goes on where it stopped."
+            )
         run = _Execution(spec, runner, ray_address, options)
         return _run_generation(storage, job, urls, lease, run, observer)
 
@@ -139,6 +145,17 @@ class _Execution:
     ray_address: str | None
     storage_options: dict[str, Any]
 
+    @property
+    def resume_command(self) -> str:
+        """What a person types to go on with this job in the same way."""
+        where = printable_url(self.spec.out)
+        words = ["bsq resume", where if "://" in where else str(Path(where).absolute())]
+        words += {"ray": [], "local": ["--no-ray"], "in-process": ["--in-process"]}[self.kind]
+        words += [f"--ray-address {self.ray_address}"] if self.ray_address else []
+        # Values may be secrets, and this line goes into logs.
+        words += [f"--storage-option {name}=..." for name in self.storage_options]
+        return " ".join(words)
+
 
 def _run_generation(
     storage: Storage,
@@ -151,8 +168,8 @@ def _run_generation(
     generation = 0
     began = time.time()
     storage.sweep_temporaries(older_than=began)
-    ledger = read_ledger(storage, generation)
-    driver = Driver(storage, job, urls, ledger, lease, execution.spec, observer)
+    ledger = read_ledger(storage, generation, keep_commits=False)
+    driver = Driver(storage, job, urls, ledger, lease, execution.spec, observer, execution.resume_command)
     if driver.has_work:
         runner = _make_runner(storage, job, execution, driver.num_left)
         try:
@@ -162,11 +179,11 @@ def _run_generation(
             # A lease that was lost means that the temporaries are another driver's.
             if not isinstance(sys.exception(), LeaseLost):
                 storage.sweep_temporaries(older_than=time.time())
-        ledger = read_ledger(storage, generation)
+        ledger = read_ledger(storage, generation, keep_commits=False)
     if not is_finished(storage, generation):
         write_manifest(storage, job, ledger, generation)
     if driver.leaves_strays:
-        sweep(storage, ledger)
+        sweep(storage, generation)
     return driver.outcome(ledger)
 
 
@@ -197,8 +214,10 @@ class Driver:
         lease: HeldLease,
         spec: JobSpec,
         observer: Observer | None,
+        resume_command: str = "bsq resume",
     ) -> None:
         self._storage, self._job, self._urls, self._lease = storage, job, urls, lease
+        self._resume_command = resume_command
         self._run_spec = spec.run
         self._observer = observer or (lambda progress, line: None)
         self._writer = LedgerWriter(storage, ledger.generation, ledger.next_segment, set(ledger.arithmetic))
@@ -238,7 +257,7 @@ class Driver:
                         self._drain(runner)
                         raise Interrupted(
                             f"{self._meter.progress().committed:,} of {len(self._urls):,} shards are committed. "
-                            f"Go on with: bsq resume {self._storage.url}"
+                            f"Go on with: {self._resume_command}"
                         )
                     self._hand_out()
                     runner.wait(WAIT_SECONDS)
@@ -272,7 +291,7 @@ class Driver:
                 + "); `bsq inspect` shows the failure tables."
             )
         bad = bool(ledger.given_up) or totals.partial > 0 or too_many
-        return JobOutcome(3 if bad else 0, self._meter.progress(), lines)
+        return JobOutcome(3 if bad else 0, self._meter.progress(whole_run=True), lines)
 
     # ---- handing out
 
@@ -508,6 +527,11 @@ def _make_runner(storage: Storage, job: Job, execution: _Execution, num_shards: 
     num_workers = min(run.workers or gpus or 1, num_shards)
     if gpus and num_workers > gpus:
         raise SpecError(f"{num_workers} workers were asked for, but there are {gpus} GPUs. Ask for {gpus} or fewer.")
+    if not gpus and job.spec.dtype == "bfloat16" and execution.spec.device != "cpu":
+        raise SpecError(
+            "the job computes in bfloat16 on GPUs, and there is no GPU here. Go on with it where there is one, or "
+            "begin another with dtype: float32 in another folder."
+        )
     cpus = _count_cpus(execution.ray_address)
     num_cpus = run.cpus_per_worker or max(1, cpus // max(1, num_workers))
     setups = [
@@ -526,7 +550,9 @@ def _make_runner(storage: Storage, job: Job, execution: _Execution, num_shards: 
     if execution.kind == "ray":
         from jobs.ray_runner import RayRunner
 
-        return RayRunner(setups, address=execution.ray_address, num_gpus=1.0 if gpus else 0.0, num_cpus=num_cpus)
+        return RayRunner(
+            setups, _log_path(storage), address=execution.ray_address, num_gpus=1.0 if gpus else 0.0, num_cpus=num_cpus
+        )
     from jobs.local_runner import ChildRunner, InProcessRunner
 
     if execution.kind == "in-process":

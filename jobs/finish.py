@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from jobs.begin import created_by
 from pipeline.dataset_files import (
     LedgerState,
+    iter_commits,
     list_generations,
     manifest_summary_name,
     manifest_table_name,
@@ -28,15 +29,16 @@ def write_manifest(storage: Storage, job: Job, ledger: LedgerState, generation: 
 
     Raises LeaseLost when another driver wrote a different one."""
     plan = read_plan(storage, generation)
-    urls = dict(zip(plan["shard"].to_pylist(), plan["url"].to_pylist(), strict=True))
-    commits = [ledger.commits[key] for key in sorted(ledger.commits)]
-    table = manifest_table((commit, urls[commit.shard], generation) for commit in commits)
+    urls, first_shard = plan["url"], plan["shard"][0].as_py()
+    table = manifest_table(
+        (commit, urls[commit.shard - first_shard].as_py(), generation) for commit in iter_commits(storage, generation)
+    )
     data = serialise_manifest(table)
     failed_shards = sorted(ledger.given_up)
     summary = ManifestSummary(
         fingerprint=job.fingerprint,
         generation=generation,
-        files=len(commits),
+        files=len(table),
         rows=ledger.totals.rows,
         tokens=ledger.totals.tokens,
         samples=ledger.totals.samples,
@@ -64,9 +66,9 @@ def write_manifest(storage: Storage, job: Job, ledger: LedgerState, generation: 
     return summary
 
 
-def sweep(storage: Storage, ledger: LedgerState) -> int:
+def sweep(storage: Storage, generation: int) -> int:
     """Remove token files and failure tables that no record names; return how many.  For the holder of the lease."""
-    named = {name for commit in ledger.commits.values() for name in _files_of(commit)}
+    named = {name for commit in iter_commits(storage, generation) for name in _files_of(commit)}
     num_swept = 0
     for folder in ("tokens", "failures"):
         for name in storage.list(folder, recursive=True):

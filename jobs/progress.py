@@ -31,7 +31,8 @@ class ProgressMeter:
         self._done_before = self._committed + self._failed_shards
         self._heartbeats: dict[int, Heartbeat] = {}
         self._samples_before: dict[int, tuple[int, int]] = {}
-        self._history: deque[tuple[float, int, int]] = deque([(self._began, 0, 0)])
+        self._before = (self._totals.samples, self._totals.tokens)
+        self._history: deque[tuple[float, int, int]] = deque()
 
     def committed(self, commit: Commit) -> None:
         self._committed += 1
@@ -48,14 +49,19 @@ class ProgressMeter:
             self._samples_before[worker] = (samples + previous.samples, tokens + previous.tokens)
         self._heartbeats[worker] = heartbeat
         now = time.monotonic()
-        if now - self._history[-1][0] > 0.5:
+        if not self._history or now - self._history[-1][0] > 0.5:
             self._history.append((now, *self._encoded()))
             while now - self._history[0][0] > RATE_WINDOW_SECONDS and len(self._history) > 2:
                 self._history.popleft()
 
-    def progress(self) -> Progress:
+    def progress(self, *, whole_run: bool = False) -> Progress:
+        """How far the job is; speeds are those of the last minute, or of the whole run."""
         now = time.monotonic()
-        first, last = self._history[0], self._history[-1]
+        if whole_run or len(self._history) < 2:
+            first: tuple[float, int, int] = (self._began, *self._before)
+            last = (now, self._totals.samples, self._totals.tokens)
+        else:
+            first, last = self._history[0], self._history[-1]
         span = max(last[0] - first[0], 1e-9)
         done = self._committed + self._failed_shards
         seconds = now - self._began

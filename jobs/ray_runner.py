@@ -10,7 +10,7 @@ import logging
 import os
 from typing import Any
 
-from jobs.local_runner import DRAIN_SECONDS, HEARTBEAT_SECONDS
+from jobs.local_runner import DRAIN_SECONDS, HEARTBEAT_SECONDS, log_to
 from pipeline.messages import Assignment, Heartbeat, Message, WorkerBroken, WorkerSetup
 from pipeline.worker import ShardWorker
 from schemas.errors import BsqError, SpecError
@@ -29,7 +29,10 @@ ACTOR_CALLS = 4
 class WorkerActor:
     """A ShardWorker inside an actor; its calls run side by side so that a heartbeat answers while a shard runs."""
 
-    def __init__(self, setup: WorkerSetup) -> None:
+    def __init__(self, setup: WorkerSetup, log_path: str) -> None:
+        # On another node the folder may not exist; Ray's own log of the actor has it all then.
+        with contextlib.suppress(OSError):
+            log_to(log_path, setup.name)
         self._broken: list[Message] = []
         self._worker: ShardWorker | None = None
         try:
@@ -57,9 +60,12 @@ class WorkerActor:
 class RayRunner:
     """Starts actors on a cluster of its own on this host, or on the one at `address`."""
 
-    def __init__(self, setups: list[WorkerSetup], *, address: str | None, num_gpus: float, num_cpus: int) -> None:
+    def __init__(
+        self, setups: list[WorkerSetup], log_path: str, *, address: str | None, num_gpus: float, num_cpus: int
+    ) -> None:
         """Raises SpecError in one line when the cluster cannot be reached or can never place one actor."""
         self._setups = setups
+        self._log_path = log_path
         self.num_workers = len(setups)
         self._handles: dict[int, _Actor] = {}
         connect_ray(address)
@@ -81,7 +87,7 @@ class RayRunner:
 
     def start_worker(self, number: int) -> _Actor:
         setup = self._setups[number]
-        handle = _Actor(setup.name, self._actor_class.options(**self._options).remote(setup))
+        handle = _Actor(setup.name, self._actor_class.options(**self._options).remote(setup, self._log_path))
         self._handles[number] = handle
         return handle
 

@@ -45,6 +45,9 @@ _CONTAINER_SCHEMES = {"abfs", "abfss", "wasb", "wasbs", "adl"}
 _OBJECT_SCHEMES = {"s3", "s3a", "gs", "gcs", "oss", "oci", "file", "local", "memory"}
 _SECRET_NAME = re.compile(r"key|secret|token|sig|pass|cred|auth|sas|account", re.IGNORECASE)
 
+HIDDEN = "***"
+"""Stands for a credential in whatever is shown or written."""
+
 
 def printable_url(url: str) -> str:
     """Return `url` as it may be shown or stored: without user information, signatures or tokens."""
@@ -55,7 +58,7 @@ def printable_error(error: BaseException, storage_options: Mapping[str, Any] | N
     """Return the first line of what `error` says, at most 300 characters, without credentials."""
     text = printable(str(error)).strip() or type(error).__name__
     for secret in sorted(_secrets(storage_options or {}), key=len, reverse=True):
-        text = text.replace(secret, "***")
+        text = text.replace(secret, HIDDEN)
     text = printable_url(text.splitlines()[0])
     return text if len(text) <= 300 else text[:297] + "..."
 
@@ -68,21 +71,21 @@ def _hide(match: re.Match[str]) -> str:
     authority, path = rest[:end], rest[end:]
     user, at, host = authority.rpartition("@")
     if at and not (scheme in _CONTAINER_SCHEMES and ":" not in user):
-        authority = f"***@{host}"
+        authority = f"{HIDDEN}@{host}"
     path, hash_mark, fragment = path.partition("#")
     path, question, query = path.partition("?")
     if query and (scheme not in _OBJECT_SCHEMES or _SECRET_NAME.search(query)):
         query = "&".join(_hide_value(part) for part in query.split("&"))
     if hash_mark and (scheme not in _OBJECT_SCHEMES or _SECRET_NAME.search(fragment)):
-        fragment = "***"
+        fragment = HIDDEN
     return f"{match['scheme']}://{authority}{path}{question}{query}{hash_mark}{fragment}"
 
 
 def _hide_value(parameter: str) -> str:
     name, equals, _ = parameter.partition("=")
     if not equals:
-        return "***"
-    return parameter if name.lower() == "versionid" else f"{name}=***"
+        return HIDDEN
+    return parameter if name.lower() == "versionid" else f"{name}={HIDDEN}"
 
 
 def _secrets(options: Mapping[str, Any], under_secret: bool = False) -> Iterator[str]:

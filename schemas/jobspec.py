@@ -87,7 +87,7 @@ class LimitsSpec(_Section):
     max_video_frames: Annotated[int, Field(ge=1)] = 200_000
     """Frames decoded of one video."""
     decode_timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
-    """Decoding time of one sample."""
+    """Decoding time of one video, looked at between frames."""
 
 
 class RunSpec(_Section):
@@ -119,7 +119,7 @@ class JobSpec(_Section):
     tokenizer: str = "default"
     """Name, folder or URL of the tokenizer."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the encoder; auto is bfloat16 on GPUs that have it, float32 otherwise."""
+    """Arithmetic of the encoder; auto is bfloat16 where there are GPUs, float32 otherwise."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where the encoder runs; auto is cuda where there is one."""
     carry: tuple[Column, ...] = ("caption", "label", "metadata")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterable
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from schemas.ledger import Commit
 from schemas.tokenfile import FORMAT_VERSION
+
+CHUNK_ROWS = 10_000
 
 MANIFEST_SCHEMA = pa.schema(
     [
@@ -78,27 +82,31 @@ class ManifestSummary(BaseModel):
 
 
 def manifest_table(commits: Iterable[tuple[Commit, str, int]]) -> pa.Table:
-    """Build the manifest from (commit, url, generation), which must come in (shard, part) order."""
-    columns: dict[str, list[object]] = {name: [] for name in MANIFEST_SCHEMA.names}
-    first_row = 0
-    for commit, url, generation in commits:
-        row: dict[str, object] = commit.model_dump(
-            exclude={"kind", "seconds", "failures", "source"},
-        )
-        row |= {
-            "url": url,
-            "generation": generation,
-            "first_row": first_row,
-            "failures_file": commit.failures.file if commit.failures else None,
-            "failures_bytes": commit.failures.bytes if commit.failures else None,
-            "failures_sha256": commit.failures.sha256 if commit.failures else None,
-            "source_bytes": commit.source.bytes,
-            "source_etag": commit.source.etag,
-        }
-        first_row += commit.rows
-        for name, values in columns.items():
-            values.append(row[name])
-    return pa.Table.from_pydict(columns, schema=MANIFEST_SCHEMA)
+    """Build the manifest from (commit, url, generation) in any order; rows come out by (shard, part)."""
+    stored = pa.schema([field for field in MANIFEST_SCHEMA if field.name != "first_row"])
+    batches = []
+    remaining = iter(commits)
+    # In chunks: a million commits as Python objects would take gigabytes.
+    while rows := [_manifest_row(*entry) for entry in itertools.islice(remaining, CHUNK_ROWS)]:
+        batches.append(pa.RecordBatch.from_pylist(rows, schema=stored))
+    table = pa.Table.from_batches(batches, schema=stored).sort_by([("shard", "ascending"), ("part", "ascending")])
+    rows_so_far = pc.cumulative_sum(table["rows"])
+    first_row = pc.subtract(rows_so_far, table["rows"])
+    position = MANIFEST_SCHEMA.get_field_index("first_row")
+    return table.add_column(position, MANIFEST_SCHEMA.field(position), first_row).cast(MANIFEST_SCHEMA)
+
+
+def _manifest_row(commit: Commit, url: str, generation: int) -> dict[str, object]:
+    row = commit.model_dump(exclude={"kind", "seconds", "failures", "source"})
+    return row | {
+        "url": url,
+        "generation": generation,
+        "failures_file": commit.failures.file if commit.failures else None,
+        "failures_bytes": commit.failures.bytes if commit.failures else None,
+        "failures_sha256": commit.failures.sha256 if commit.failures else None,
+        "source_bytes": commit.source.bytes,
+        "source_etag": commit.source.etag,
+    }
 
 
 def serialise_manifest(table: pa.Table) -> bytes:
