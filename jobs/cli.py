@@ -324,7 +324,7 @@ def status(
 
 @app.command()
 def verify(out: OutputFolder, storage_option: StorageOptions = None) -> None:
-    """Check every file of the dataset in DIR against its manifest, byte by byte.
+    """Check every file of the dataset in DIR against job, plan, ledger and manifest, byte by byte.
 
     Ends with exit code 3 and a list when something is wrong."""
     from jobs.verify import verify_dataset

@@ -95,8 +95,10 @@ def read_checkpoint(
             f"There are no trained weights named {name!r}; {UNTRAINED + name!r} gives that model with random weights."
         )
     valid = valid_names()
+    # Also by the bare name of a preset, which is what people remember.
+    suggestion = nearest_name(name, valid) or nearest_name(name, PRESETS).replace("'", f"'{UNTRAINED}", 1)
     raise CheckpointError(
-        f"There is no tokenizer {printable(name)!r}.{nearest_name(name, valid)} Give one of {', '.join(valid)}, "
+        f"There is no tokenizer {printable(name)!r}.{suggestion} Give one of {', '.join(valid)}, "
         "or the path or URL of a checkpoint's folder."
     )
 
