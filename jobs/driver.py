@@ -36,7 +36,6 @@ from schemas.errors import (
     CircuitBreakerOpen,
     Interrupted,
     LeaseLost,
-    OutputNotOurs,
     Refused,
     SpecError,
 )
@@ -117,12 +116,12 @@ def resume_job(
 ) -> JobOutcome:
     """Go on with the job in `out`.  Loads no model and starts no worker when nothing is left.
 
-    Raises OutputNotOurs when there is no job, LeaseHeld when another driver may be alive."""
+    Raises SpecError when there is no job, LeaseHeld when another driver may be alive."""
     options = storage_options or {}
     storage = Storage(out, options)
     job = read_job(storage)
     if job is None:
-        raise OutputNotOurs(f"{storage.url}: there is no job here to resume. Begin one with `bsq tokenize`.")
+        raise SpecError(f"{storage.url}: there is no job here to resume. Begin one with `bsq tokenize`.")
     changes = {name: value for name, value in (("workers", workers), ("batch", batch)) if value is not None}
     spec = job.spec.model_copy(update={"out": out, "run": job.spec.run.model_copy(update=changes)})
     with _holding_lease(storage, force=force) as lease:

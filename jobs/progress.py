@@ -12,7 +12,7 @@ from jobs.lease import is_dead, read_lease
 from pipeline.dataset_files import LedgerState, read_job, read_ledger, read_manifest_summary, read_plan
 from pipeline.messages import Heartbeat
 from pipeline.storage import Storage
-from schemas.errors import OutputNotOurs
+from schemas.errors import SpecError
 from schemas.lease import Lease, Progress
 from schemas.ledger import Commit
 
@@ -139,10 +139,10 @@ class Status(BaseModel):
 def read_status(out: str, storage_options: dict[str, Any] | None = None) -> Status:
     """How far the job in `out` is, read from the lease while it runs and from ledger or manifest otherwise.
 
-    Raises OutputNotOurs when there is no job."""
+    Raises SpecError when there is no job."""
     storage = Storage(out, storage_options)
     if read_job(storage) is None:
-        raise OutputNotOurs(f"{storage.url}: there is no bsqtok dataset here.")
+        raise SpecError(f"{storage.url}: there is no bsqtok dataset here.")
     held = read_lease(storage)
     if held is not None:
         lease, age = held
