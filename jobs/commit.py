@@ -57,7 +57,11 @@ class LedgerWriter:
         lines = [record.to_line() for record in self._waiting]
         reached("before_ledger")
         name = f"{self._folder}/{segment_name(self._next_segment)}"
-        if not self._storage.create_only(name, ("\n".join(lines) + "\n").encode()):
+        won = self._storage.create_only(name, ("\n".join(lines) + "\n").encode())
+        if won and self._is_merged_away(self._next_segment):
+            self._storage.delete(name)
+            won = False
+        if not won:
             raise LeaseLost(
                 f"{self._storage.url}: segment {self._next_segment} of the ledger was written by another driver. "
                 f"This one stops; nothing it published is counted twice."
@@ -66,6 +70,11 @@ class LedgerWriter:
         self._next_segment += 1
         self._waiting = []
         self._merge()
+
+    def _is_merged_away(self, number: int) -> bool:
+        """Whether the number is free only because another driver's segment of it was merged and deleted."""
+        bounds = [segment_range(name) or (0, -1) for name in self._storage.list(self._folder)]
+        return any(first <= number <= last and first < last for first, last in bounds)
 
     def _merge(self) -> None:
         """Merge the last 64 segments of a level into one of the next, as often as that is due.
