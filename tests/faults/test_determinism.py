@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import tarfile
 from pathlib import Path
 
@@ -57,14 +56,15 @@ def test_bytes_do_not_depend_on_workers_batches_or_who_runs_them(tmp_path: Path,
     assert len(dataset_files(out)) == 4 + 2
 
 
-def members_of(path: Path) -> list[tuple[str, bytes]]:
+def samples_of(path: Path) -> list[list[tuple[str, bytes]]]:
+    """The members of each sample of a good archive."""
+    samples: dict[str, list[tuple[str, bytes]]] = {}
     with tarfile.open(path) as archive:
-        members = []
         for entry in archive:
             file = archive.extractfile(entry)
             if file is not None:
-                members.append((entry.name, io.BytesIO(file.read()).getvalue()))
-        return members
+                samples.setdefault(entry.name.partition(".")[0], []).append((entry.name, file.read()))
+    return list(samples.values())
 
 
 @pytest.mark.long
@@ -73,25 +73,24 @@ def test_bytes_of_the_real_model_over_real_and_hostile_input_do_not_depend_on_th
     tmp_path: Path, bsq: RunBsq, shared: Path
 ) -> None:
     data = shared / "data"
-    clips = members_of(data / "demo" / "clips-000000.tar")
-    photos = members_of(data / "demo" / "photos-000000.tar")
-    # Every few members of photographs a clip: both kinds of batch are filled from one shard.
-    first_clips = sorted({name.partition(".")[0] for name, _ in clips})[:3]
+    clips = samples_of(data / "demo" / "clips-000000.tar")
+    photos = samples_of(data / "demo" / "photos-000000.tar")
+    # After every second photograph a clip: both kinds of batch are filled from one shard.
     mixed: list[tuple[str, bytes]] = []
-    for number, key in enumerate(sorted({name.partition(".")[0] for name, _ in photos})):
-        mixed += [member for member in photos if member[0].partition(".")[0] == key]
-        if number < len(first_clips):
-            mixed += [member for member in clips if member[0].partition(".")[0] == first_clips[number]]
+    for number, photo in enumerate(photos):
+        mixed += photo
+        if number % 2 == 0:
+            mixed += clips[number // 2]
     shards = [
         write_tar(tmp_path / "mixed.tar", mixed),
-        *sorted((data / "demo").glob("*.tar")),
+        data / "demo" / "photos-000001.tar",
         *sorted(path for path in (data / "nasty").glob("*.tar*") if path.name != "many-members.tar"),
     ]
-    arguments = ["--tokenizer", "untrained:vit-small-128-l18", "--fps", "4"]
+    arguments = ["--tokenizer", "untrained:vit-small-128-l18", "--fps", "2"]
     out = tokenize_in_every_way(bsq, tmp_path, shards, arguments, exit_code=3, timeout=1200)
     manifest = read_manifest(Storage(str(out)))
     assert manifest is not None
     rows = manifest.table.to_pylist()
     assert rows[0]["min_frames"] == 1 and rows[0]["max_frames"] > 1, "pictures and clips in one shard"
-    assert manifest.summary.rows > 250
+    assert manifest.summary.rows > 200
     assert manifest.summary.failed > 50
