@@ -1,0 +1,421 @@
+"""A run learns, resumes on the same losses, is the same in two processes, and says what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from schemas.errors import CheckpointError, Interrupted, SpecError
+from tokenizer.checkpoint import from_pretrained, save_checkpoint
+from tokenizer.frame_batches import HeldFrames, centre_frames, read_arrays
+from tokenizer.train_config import RECIPES, train_config
+from tokenizer.train_state import find_states, load_state
+from tokenizer.train_step import CodeUsage, Learner, starting_model
+from tokenizer.trainer import Trainer, TrainingDiverged, held_batches
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TINY = {"preset": "vit-tiny-32-l18", "width": 32, "layers": 1, "heads": 2, "head_width": 64, "max_frames": 3}
+CPU = torch.device("cpu")
+
+
+def settings(recipe="small-cpu", **sections):
+    values = {
+        "recipe": recipe,
+        "model": TINY,
+        "optimizer": {"steps": 6, "batch_images": 4, "batch_clips": 2, "warmup_steps": 2, "learning_rate": 1e-3,
+                      "per_sample": False},
+        "discriminator": {"channels": 4, "max_channels": 8},
+        "run": {"device": "cpu", "dtype": "float32", "log_every": 1, "save_every": 2, "picture_every": 100,
+                "validate_every": 100},
+    }  # fmt: skip
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
+    return train_config(values)
+
+
+def frames(num, num_frames, size=40, seed=0):
+    """Smooth colours that move, uint8 [N, T, size, size, 3]."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(num * num_frames, 3, 4, 4, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear")
+    return (smooth * 255).to(torch.uint8).permute(0, 2, 3, 1).reshape(num, num_frames, size, size, 3).numpy()
+
+
+def train(config, out, arrays=None, *, resume=False, validation=(), reports=None, stop_after=None):
+    arrays = arrays or [frames(10, 1), frames(5, 4, seed=1)]
+    trainer = Trainer(
+        config,
+        held_batches(config, arrays, CPU),
+        out,
+        validation=validation,
+        observer=lambda report: reports.append(report) if reports is not None else None,
+    )
+    trainer.begin(resume=resume)
+    if stop_after is not None:
+        update = trainer.learner.update
+
+        def counted(batch, step):
+            if step + 1 == stop_after:
+                trainer.stop()
+            return update(batch, step)
+
+        trainer.learner.update = counted
+    trainer.run()
+    return trainer
+
+
+def losses(out):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+
+
+FULL = {"losses": {"adversarial_start": 1, "r1_every": 2}}
+
+
+def test_the_small_recipe_learns(tmp_path):
+    config = settings(optimizer={"steps": 60, "batch_images": 8, "learning_rate": 3e-3}, run={"log_every": 10})
+    reports = []
+    train(config, tmp_path, [frames(16, 1)], reports=reports, validation=[torch.from_numpy(frames(4, 1, 32, seed=2))])
+    values = [report.values for report in reports if "psnr" in report.values]
+    assert values[-1]["mse"] < 0.6 * values[0]["mse"]
+    assert values[-1]["psnr"] > values[0]["psnr"] + 2
+    validated = [report.values["val_psnr"] for report in reports if "val_psnr" in report.values]
+    assert validated and validated[-1] > 10
+    assert (tmp_path / "pictures" / "step-00000060.png").exists()
+    for name in ("tokenizer", "best"):
+        assert from_pretrained(tmp_path / name).config.trained
+
+
+@pytest.mark.parametrize("recipe", ["small-cpu", "no-lpips"])
+@pytest.mark.parametrize("killed_after", [1, 3, 4])
+def test_a_run_that_is_resumed_goes_on_with_equal_losses(tmp_path, recipe, killed_after):
+    config = settings(recipe, **(FULL if recipe == "no-lpips" else {}))
+    whole = train(config, tmp_path / "whole")
+    out = tmp_path / "resumed"
+    with pytest.raises(Interrupted, match=f"Saved after step {killed_after} of 6.*--resume"):
+        train(config, out, stop_after=killed_after)
+    resumed = train(config, out, resume=True)
+    assert losses(out) == losses(tmp_path / "whole") and len(losses(out)) == 6
+    states = [load_state(find_states(folder / "states")[-1]) for folder in (out, tmp_path / "whole")]
+    assert states[0].tensors.keys() == states[1].tensors.keys()
+    assert all(torch.equal(states[0].tensors[name], value) for name, value in states[1].tensors.items())
+    assert whole.learner.average.num_updates == resumed.learner.average.num_updates == 6
+
+
+def test_steps_after_the_last_state_are_done_again_and_logged_once(tmp_path):
+    config = settings()
+    train(config, tmp_path / "whole")
+    out = tmp_path / "killed"
+    with pytest.raises(Interrupted):
+        train(config, out, stop_after=5)
+    find_states(out / "states")[-1].unlink()  # as if killed before it was written: the one of step 4 is there
+    with (out / "log.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    train(config, out, resume=True)
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+def test_a_folder_with_a_run_is_refused_without_resume_and_with_other_settings(tmp_path):
+    train(settings(optimizer={"steps": 2}), tmp_path)
+    with pytest.raises(SpecError, match=r"holds a run\. Add --resume"):
+        train(settings(optimizer={"steps": 2}), tmp_path)
+    with pytest.raises(SpecError, match=r"begun with optimizer.learning_rate 0.001, now it is 0.5"):
+        train(settings(optimizer={"steps": 2, "learning_rate": 0.5}), tmp_path, resume=True)
+    with pytest.raises(SpecError, match="begun with frames of shapes"):
+        train(settings(optimizer={"steps": 4}), tmp_path, [frames(3, 1)], resume=True)
+    assert train(settings(optimizer={"steps": 4}), tmp_path, resume=True).step == 4
+
+
+def test_only_the_last_states_are_kept_and_a_damaged_one_is_named(tmp_path):
+    train(settings(run={"save_every": 1, "keep_last": 2}), tmp_path)
+    kept = find_states(tmp_path / "states")
+    assert [path.name for path in kept] == ["state-00000005.safetensors", "state-00000006.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "states").iterdir()) == [path.name for path in kept]
+    kept[-1].write_bytes(kept[-1].read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"state-00000006.safetensors: .* Remove it to use the one before"):
+        train(settings(), tmp_path, resume=True)
+
+
+def test_the_adversarial_loss_reaches_both_and_r1_is_lazy(tmp_path):
+    config = settings("no-lpips", losses={"adversarial_start": 2, "r1_every": 2})
+    reports = []
+    trainer = train(config, tmp_path, reports=reports)
+    values = [report.values for report in reports if "loss" in report.values]
+    assert ["generator" in each for each in values] == [False, False, True, True, True, True]
+    assert ["r1" in each for each in values] == [False, False, True, False, True, False]
+    fresh = Learner(config, starting_model(config, CPU), CPU)
+    assert not torch.equal(fresh.discriminator.from_rgb.weight, trainer.learner.discriminator.from_rgb.weight)
+
+
+def test_the_quantizer_loss_counts_although_the_discriminator_waits():
+    """The reference leaves it out until its discriminator begins."""
+    gradients = []
+    for weight in (0.0, 10.0):
+        config = settings("no-lpips", losses={"adversarial_start": 9, "entropy_weight": weight})
+        learner = Learner(config, starting_model(config, CPU), CPU)
+        batch = torch.from_numpy(frames(4, 1, 32))
+        learner._tokenizer_gradients(batch, batch.flatten(0, 1).permute(0, 3, 1, 2) / 127.5 - 1, 0)
+        gradients.append(learner.model.to_latents.weight.grad.clone())
+    assert not torch.allclose(gradients[0], gradients[1])
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    gradients = []
+    for recompute in (False, True):
+        config = settings(run={"checkpoint_blocks": recompute})
+        learner = Learner(config, starting_model(config, CPU), CPU)
+        output = learner.model.autoencode(torch.from_numpy(frames(2, 2, 32)))
+        output.unclamped.square().mean().backward()
+        gradients.append([each.grad for each in learner.model.parameters()])
+        assert learner.model.state_dict().keys() == starting_model(config, CPU).state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_under_bf16_the_quantizer_stays_in_fp32_and_training_works(tmp_path):
+    config = settings(run={"dtype": "bfloat16"}, optimizer={"steps": 2})
+    model = starting_model(config, CPU)
+    quantized = model.autoencode(torch.from_numpy(frames(1, 1, 32))).quantized
+    assert quantized.codes.dtype == quantized.losses.total.dtype == torch.float32
+    assert torch.allclose(quantized.codes.abs(), torch.full_like(quantized.codes, 18**-0.5))
+    train(config, tmp_path)
+
+
+def test_gradients_that_are_no_numbers_change_nothing_and_end_the_run_when_they_persist(tmp_path):
+    config = settings(optimizer={"steps": 50})
+    reports = []
+    trainer = Trainer(config, held_batches(config, [frames(5, 1)], CPU), tmp_path, observer=reports.append)
+    trainer.begin(resume=False)
+    before = {name: value.clone() for name, value in trainer.learner.model.state_dict().items()}
+    trainer.learner._autoencode = lambda batch: _poisoned(trainer.learner.model, batch)
+    with pytest.raises(TrainingDiverged, match=r"No finite gradient in 20 updates.*learning_rate"):
+        trainer.run()
+    assert all(torch.equal(before[name], value) for name, value in trainer.learner.model.state_dict().items())
+    lines = [report.line for report in reports if report.line]
+    assert len(lines) == 1 and "not finite" in lines[0] and "learning_rate" in lines[0]
+
+
+def _poisoned(model, batch):
+    output = model.autoencode(batch)
+    return output._replace(unclamped=output.unclamped * float("nan"))
+
+
+def test_a_channel_that_stands_still_is_reported_with_what_to_do(tmp_path):
+    config = settings(optimizer={"steps": 6, "warmup_steps": 0, "learning_rate": 0.0})
+    reports = []
+    trainer = Trainer(config, held_batches(config, [frames(5, 1)], CPU), tmp_path, observer=reports.append)
+    with torch.no_grad():
+        trainer.learner.model.to_latents.bias[4] = 100.0
+    trainer.begin(resume=False)
+    trainer.run()
+    (line,) = [report.line for report in reports if report.line]
+    assert "almost constant" in line and " (" in line and "4" in line and "entropy_weight" in line
+
+
+def test_code_usage_by_hand():
+    config = settings(model={"bits_per_token": 4, "group_size": 2}).model_config()
+    usage = CodeUsage(config, CPU)
+    usage.add(torch.tensor([[[1, 0, 1, 1], [0, 0, 1, 1]], [[1, 0, 1, 1], [0, 0, 1, 0]]], dtype=torch.bool))
+    channel_bits, used = usage.take()
+    quarter = -(0.75 * np.log2(0.75) + 0.25 * np.log2(0.25))
+    assert channel_bits == pytest.approx([1, 0, 0, quarter], abs=1e-6)
+    assert used == (2 + 2) / 8
+    assert usage.take()[1] == 0  # begun anew
+
+
+def test_a_video_run_starts_from_an_image_tokenizer_with_its_output_unchanged(tmp_path, generator):
+    image = starting_model(settings(model={"max_frames": 1}), CPU)
+    with torch.no_grad():
+        for parameter in image.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    save_checkpoint(image, tmp_path / "image")
+    config = settings(model={"preset": "vit-tiny-32-l18", "init_from": str(tmp_path / "image"), "max_frames": 3})
+    video = starting_model(config, CPU)
+    picture = torch.from_numpy(frames(2, 1, 32))
+    assert torch.equal(video(picture), image(picture))
+    assert video.config.losses == config.losses.quantizer
+    trained = train(config, tmp_path / "video", [frames(4, 4)])
+    assert trained.learner.model.encoder.transformer.temporal.abs().sum() > 0
+    larger = replace(config, model=replace(config.model, image_size=40))
+    assert starting_model(larger, CPU).config.grid == (5, 5)
+
+
+# ---- several processes
+
+
+def _rank(number, port, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(number), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    from tokenizer.train_step import joined_ranks
+
+    config = settings("no-lpips", **FULL, optimizer={"steps": 3, "batch_images": 2, "batch_clips": 1})
+    with joined_ranks("cpu"):
+        train(config, folder / "two")
+        _gradients(config, folder / f"gradients-{number}.pt")
+
+
+def _gradients(config, path):
+    """The averaged gradients of one batch, at given weights."""
+    from tokenizer.train_step import average_gradients
+
+    # A weight that makes the code average matter.
+    config = replace(config, losses=replace(config.losses, entropy_weight=1.0, adversarial_weight=0.0))
+    learner = Learner(config, starting_model(config, CPU), CPU)
+    batch = held_batches(config, [frames(10, 1)], CPU).next_batch()
+    learner._tokenizer_gradients(batch, batch.flatten(0, 1).permute(0, 3, 1, 2) / 127.5 - 1, 0)
+    parameters = list(learner.model.parameters())
+    average_gradients(parameters)
+    torch.save([each.grad for each in parameters], path)
+
+
+def test_two_processes_have_the_gradients_and_the_run_of_one_on_the_joined_batch(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_rank, args=(number, port, tmp_path)) for number in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    joined = settings("no-lpips", **FULL, optimizer={"steps": 3, "batch_images": 4, "batch_clips": 2})
+    _gradients(joined, tmp_path / "joined.pt")
+    expected = torch.load(tmp_path / "joined.pt")
+    for number in range(2):
+        for found, wanted in zip(torch.load(tmp_path / f"gradients-{number}.pt"), expected, strict=True):
+            assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-6)
+    # Without R1's groups of pictures the discriminator sees the same numbers; the tokenizer's first steps show it.
+    train(joined, tmp_path / "one")
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one[0][2] == pytest.approx(two[0][2], rel=1e-4)
+    assert (tmp_path / "two" / "states" / "state-00000003.safetensors").exists()
+
+
+# ---- frames that are held
+
+
+def test_batches_are_of_one_kind_come_once_per_epoch_and_do_not_depend_on_the_number_of_processes():
+    config = settings(sampling={"clip_share": 0.5}, optimizer={"batch_images": 3, "batch_clips": 1})
+    marked = np.arange(12, dtype=np.uint8)[:, None, None, None, None] * np.ones((1, 1, 40, 40, 3), np.uint8)
+    arrays = [marked, frames(4, 5)]
+
+    def source(number, num_ranks, batch=3, clips=1):
+        optimizer = replace(config.optimizer, batch_images=batch, batch_clips=clips)
+        return HeldFrames(arrays, image_size=32, max_frames=3, sampling=config.sampling, optimizer=optimizer, seed=3,
+                          rank=number, num_ranks=num_ranks)  # fmt: skip
+
+    alone, ranks = source(0, 1, 6, 2), [source(0, 2), source(1, 2)]
+    seen = []
+    for _ in range(30):
+        whole = alone.next_batch()
+        assert torch.equal(whole, torch.cat([rank.next_batch() for rank in ranks]))
+        assert whole.shape[1:] in ((1, 32, 32, 3), (3, 32, 32, 3)) and whole.dtype == torch.uint8
+        if whole.shape[1] == 1:
+            seen += whole[:, 0, 0, 0, 0].tolist()
+    assert 24 <= len(seen) <= 150  # images are about half of the batches
+    for epoch in range(len(seen) // 12):
+        assert sorted(seen[12 * epoch : 12 * epoch + 12]) == list(range(12))
+    assert seen[:12] != seen[12:24]
+
+
+def test_a_source_that_is_loaded_goes_on_with_the_same_batches():
+    config = settings()
+    first, second = (held_batches(config, [frames(10, 1), frames(5, 4)], CPU) for _ in range(2))
+    for _ in range(7):
+        first.next_batch()
+    second.load(json.loads(json.dumps(first.state())))
+    assert all(torch.equal(first.next_batch(), second.next_batch()) for _ in range(7))
+
+
+def test_frames_of_a_wrong_kind_are_refused_in_one_line(tmp_path):
+    config = settings()
+    for array, words in [
+        (frames(2, 1, 24), "24 x 24 px, smaller than the tokenizer's 32 px"),
+        (frames(2, 1)[0], r"uint8 \[1, 40, 40, 3\]; frames are uint8"),
+        (frames(2, 1).astype(np.float32), "float32"),
+    ]:
+        with pytest.raises(SpecError, match=words):
+            held_batches(config, [array], CPU)
+    with pytest.raises(SpecError, match="cannot be read as NumPy arrays"):
+        read_arrays(tmp_path / "missing.npz")
+    assert centre_frames(frames(2, 5, 48), image_size=32, max_frames=3).shape == (2, 3, 32, 32, 3)
+
+
+# ---- settings and the script
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"optimiser": {}}, r"unknown key 'optimiser'. Did you mean 'optimizer'\?"),
+        ({"losses": {"lpip_weight": 1}}, r"unknown key 'losses.lpip_weight'. Did you mean 'lpips_weight'\?"),
+        ({"losses": {"quantizer": {"gama": 1}}}, r"'losses.quantizer.gama'. Did you mean 'gamma'\?"),
+        ({"recipe": "small"}, r"no recipe 'small'; .*Did you mean 'small-cpu'\?"),
+        ({"optimizer": {"steps": 0}}, "optimizer.steps is 0; it must be at least 1"),
+        ({"optimizer": {"steps": True}}, "optimizer.steps is True; it must be a whole number"),
+        ({"losses": {"reconstruction": "l2"}}, "losses.reconstruction is 'l2'; valid: l1, mse"),
+        ({"sampling": {"crop_scale": [0.9, 0.2]}}, r"crop_scale is \[0.9, 0.2\]"),
+        ({"recipe": "paper"}, "lpips_folder names no weights.*recipe no-lpips"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused_in_one_line(values, words):
+    with pytest.raises(SpecError, match=words) as refusal:
+        train_config({"recipe": "no-lpips", **values})
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_settings_survive_json(recipe):
+    config = train_config({"recipe": recipe, "losses": {"lpips_folder": "weights"}})
+    assert train_config(json.loads(json.dumps(config.to_json_dict()))) == config
+
+
+SCRIPT = """
+import sys
+sys.modules.update(dict.fromkeys(["pydantic", "pyarrow", "av", "fsspec", "yaml", "ray", "PIL", "tensorboard"]))
+import torch
+torch.set_num_threads(1)
+from tokenizer.trainer import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_the_script_trains_from_arrays_on_a_bare_machine_and_ends_whole_on_sigterm(tmp_path):
+    (tmp_path / "frames").mkdir()
+    np.save(tmp_path / "frames" / "images.npy", frames(8, 1))
+    np.save(tmp_path / "frames" / "clips.npy", frames(3, 4))
+    np.savez(tmp_path / "validation.npz", images=frames(2, 1, 48))
+    values = settings(optimizer={"steps": 100_000}).to_json_dict()
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    command = [sys.executable, "-c", SCRIPT, "--frames", tmp_path / "frames", "--config", tmp_path / "config.json",
+               "--validation", tmp_path / "validation.npz", "--out", tmp_path / "out"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "step 3 of" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stderr.read()
+    assert process.wait(60) == 130, rest
+    assert "Interrupted: Saved after step" in rest
+    (state,) = find_states(tmp_path / "out" / "states")[-1:]
+    step = load_state(state).values["step"]
+    assert step >= 3
+    values["optimizer"]["steps"] = step + 2
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    done = subprocess.run([*command, "--resume"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"Going on after step {step}" in done.stderr
+    assert [number for number, *_ in losses(tmp_path / "out")] == list(range(1, step + 3))
+    assert load_file(tmp_path / "out" / "tokenizer" / "model.safetensors")

@@ -1,0 +1,319 @@
+"""One update of the tokenizer and of its discriminator, in one process or in several that average their gradients.
+
+Gradients are averaged after the backward pass instead of by a wrapper around the model: the penalty on the
+discriminator's slope needs gradients of gradients, and the names of parameters stay those of the model.
+
+Shape letters: B batch, T frames, H W pixels, C the 3 colours, L bits per token, G groups, K codes of one group."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from schemas.errors import SpecError
+from tokenizer.bsqvit import BSQViT
+from tokenizer.config import BSQViTConfig
+from tokenizer.discriminator import Discriminator
+from tokenizer.ema import MovingAverage
+from tokenizer.losses import (
+    Perceptual,
+    discriminator_loss,
+    generator_loss,
+    ms_ssim,
+    psnr,
+    quantizer_loss,
+    r1_penalty,
+)
+from tokenizer.schedule import clip_gradients, learning_rate_factor, parameter_groups, ramp
+from tokenizer.train_config import TrainConfig
+
+Metrics = dict[str, Tensor]
+
+
+class Learner:
+    """Everything that learns: model, moving average, discriminator and their optimisers."""
+
+    def __init__(self, config: TrainConfig, model: BSQViT, device: torch.device) -> None:
+        """`model` as `starting_model` gives it.  Raises CheckpointError where LPIPS has no weights."""
+        self.config, self.device = config, device
+        self.model = model.to(device).train()
+        self.usage = CodeUsage(model.config, device)
+        losses, part = config.losses, config.optimizer
+        self.perceptual = Perceptual(losses.lpips_folder or "").to(device) if losses.lpips_weight else None
+        self.discriminator: Discriminator | None = None
+        if losses.adversarial_weight:
+            sizes = config.discriminator
+            self.discriminator = Discriminator(
+                model.config.image_size,
+                channels=sizes.channels,
+                max_channels=sizes.max_channels,
+                seed=config.run.seed,
+            ).to(device)
+        for each in (self.model, self.discriminator):
+            if each is not None:
+                _copy_from_first_rank(each)
+        self.average = MovingAverage(self.model, part.ema)
+        self.optimizer = self._adamw(self.model)
+        self.discriminator_optimizer = self._adamw(self.discriminator) if self.discriminator else None
+        if config.run.checkpoint_blocks:
+            checkpoint_blocks(self.model)
+        self._autoencode: Any = torch.compile(self.model.autoencode) if config.run.compile else self.model.autoencode
+        # Compiled code has no gradients of gradients: the penalty always takes the module itself.
+        self._judge: Any = torch.compile(self.discriminator) if config.run.compile else self.discriminator
+        samples = part.batch_images * num_ranks() if part.per_sample else 1
+        self.peak_learning_rate = part.learning_rate * samples
+
+    def update(self, frames_BTHWC: Tensor, step: int) -> Metrics:
+        """Learn from one batch of uint8 frames; returns scalars on the device.
+
+        Gradients that are not finite change nothing, and `skipped` is 1."""
+        rate = self._set_learning_rates(step)
+        real_BCHW = _pictures(frames_BTHWC.float() / 127.5 - 1)
+        metrics, fake_BCHW = self._tokenizer_gradients(frames_BTHWC, real_BCHW, step)
+        parameters = list(self.model.parameters())
+        average_gradients(parameters)
+        metrics["grad_norm"] = clip_gradients(parameters, self.config.optimizer.clip_norm)
+        finite = bool(metrics["grad_norm"].isfinite())
+        if finite:
+            self.optimizer.step()
+            self.average.update(self.model)
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics["skipped"] = torch.tensor(float(not finite))
+        metrics["learning_rate"] = torch.tensor(rate)
+        if finite and self._is_adversarial(step):
+            metrics |= self._update_discriminator(real_BCHW, fake_BCHW.detach(), step)
+        return metrics
+
+    def _tokenizer_gradients(self, frames_BTHWC: Tensor, real_BCHW: Tensor, step: int) -> tuple[Metrics, Tensor]:
+        part = self.config.losses
+        output = self._autoencode(frames_BTHWC)
+        self.usage.add(output.quantized.bits)
+        # Losses see what was made before it is clamped: a clamped pixel would have no gradient.
+        fake_BCHW = _pictures(output.unclamped)
+        difference = fake_BCHW - real_BCHW
+        pixel = difference.abs().mean() if part.reconstruction == "l1" else difference.square().mean()
+        quantizer, codebook_entropy = quantizer_loss(output.quantized.losses, self.model.quantizer.loss_config)
+        entropy_weight = part.entropy_weight * ramp(step, start=part.entropy_start, steps=part.entropy_ramp_steps)
+        metrics = {
+            part.reconstruction: pixel,
+            "quantizer": quantizer,
+            "codebook_entropy": codebook_entropy,
+            "sample_entropy": output.quantized.losses.sample_entropy,
+        }
+        total = part.reconstruction_weight * pixel + entropy_weight * quantizer
+        if part.ms_ssim_weight:
+            metrics["ms_ssim"] = ms_ssim(fake_BCHW, real_BCHW, taps=7).mean()
+            total = total + part.ms_ssim_weight * (1 - metrics["ms_ssim"])
+        if self.perceptual is not None:
+            with self._autocast():
+                metrics["lpips"] = self.perceptual(fake_BCHW, real_BCHW).mean()
+            total = total + part.lpips_weight * metrics["lpips"]
+        if self._is_adversarial(step):
+            assert self.discriminator is not None
+            self.discriminator.requires_grad_(False)
+            with self._autocast():
+                metrics["generator"] = generator_loss(self._judge(fake_BCHW))
+            self.discriminator.requires_grad_(True)
+            total = total + part.adversarial_weight * metrics["generator"]
+        torch.autograd.backward(total)
+        metrics["loss"] = total
+        metrics["psnr"] = psnr(output.frames.detach(), frames_BTHWC).mean()
+        return {name: value.detach() for name, value in metrics.items()}, fake_BCHW
+
+    def _update_discriminator(self, real_BCHW: Tensor, fake_BCHW: Tensor, step: int) -> Metrics:
+        assert self.discriminator is not None and self.discriminator_optimizer is not None
+        part = self.config.losses
+        with self._autocast():
+            loss = discriminator_loss(self._judge(real_BCHW), self._judge(fake_BCHW))
+        metrics = {"discriminator": loss.detach()}
+        if part.r1_weight and (step - part.adversarial_start) % part.r1_every == 0:
+            penalty = r1_penalty(self.discriminator, real_BCHW)
+            metrics["r1"] = penalty.detach()
+            loss = loss + part.r1_weight * part.r1_every * penalty
+        torch.autograd.backward(loss)
+        parameters = list(self.discriminator.parameters())
+        average_gradients(parameters)
+        metrics["discriminator_grad_norm"] = clip_gradients(parameters, 0)
+        if bool(metrics["discriminator_grad_norm"].isfinite()):
+            self.discriminator_optimizer.step()
+        self.discriminator_optimizer.zero_grad(set_to_none=True)
+        return metrics
+
+    def _is_adversarial(self, step: int) -> bool:
+        return self.discriminator is not None and step >= self.config.losses.adversarial_start
+
+    def _set_learning_rates(self, step: int) -> float:
+        part = self.config.optimizer
+        rate = self.peak_learning_rate * learning_rate_factor(
+            step,
+            warmup_steps=part.warmup_steps,
+            warmup_from=part.warmup_from,
+            total_steps=part.steps,
+            cosine_to=part.cosine_to,
+        )
+        factors = (
+            (self.optimizer, 1.0),
+            (self.discriminator_optimizer, self.config.discriminator.learning_rate_factor),
+        )
+        for optimizer, factor in factors:
+            for group in optimizer.param_groups if optimizer is not None else ():
+                group["lr"] = rate * factor
+        return rate
+
+    def _adamw(self, module: nn.Module) -> torch.optim.AdamW:
+        part = self.config.optimizer
+        groups = parameter_groups(module, part.weight_decay, part.decay)
+        return torch.optim.AdamW(groups, lr=part.learning_rate, betas=(part.beta1, part.beta2), eps=part.eps)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.model.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.model.compute_dtype)
+
+
+class CodeUsage:
+    """Counts which bits and which codes of each group occur, over all processes."""
+
+    def __init__(self, config: BSQViTConfig, device: torch.device) -> None:
+        self._group_size = config.group_size
+        self._weights_C = 2 ** torch.arange(config.group_size, device=device)
+        self._num_codes = 2**config.group_size
+        self._ones_L = torch.zeros(config.bits_per_token, dtype=torch.float64, device=device)
+        self._counts_GK = torch.zeros(
+            config.bits_per_token // config.group_size, self._num_codes, dtype=torch.float64, device=device
+        )
+
+    def add(self, bits: Tensor) -> None:
+        """Count bool bits [..., L]."""
+        bits_ML = bits.reshape(-1, bits.shape[-1])
+        self._ones_L += bits_ML.sum(0)
+        codes_MG = (bits_ML.reshape(len(bits_ML), -1, self._group_size) * self._weights_C).sum(-1)
+        ones = torch.ones_like(codes_MG.T, dtype=torch.float64)
+        self._counts_GK.scatter_add_(1, codes_MG.T, ones)
+
+    def take(self) -> tuple[list[float], float]:
+        """Entropy of each channel in bits, and the share of each group's codes that occurred; then begin anew."""
+        for each in (self._ones_L, self._counts_GK):
+            if num_ranks() > 1:
+                dist.all_reduce(each)
+        total = self._counts_GK.sum(1).max().clamp_min(1)
+        share = (self._ones_L / total).clamp(1e-12, 1 - 1e-12)
+        entropy = -(share * share.log2() + (1 - share) * (1 - share).log2())
+        used = (self._counts_GK > 0).double().mean()
+        self._ones_L.zero_()
+        self._counts_GK.zero_()
+        return [float(each) for each in entropy], float(used)
+
+
+def starting_model(config: TrainConfig, device: torch.device) -> BSQViT:
+    """The model at step 0: weights drawn from the seed, or those of `model.init_from` with its sizes adapted."""
+    from tokenizer.checkpoint import from_pretrained
+
+    part = config.model
+    dtype = compute_dtype(config, device)
+    if part.init_from is None:
+        return BSQViT(config.model_config(), seed=config.run.seed, compute_dtype=dtype)
+    model = from_pretrained(part.init_from, image_size=part.image_size, max_frames=part.max_frames, compute_dtype=dtype)
+    model.config = dataclasses.replace(model.config, losses=config.losses.quantizer)
+    model.quantizer.loss_config = config.losses.quantizer
+    return model
+
+
+def training_sizes(config: TrainConfig) -> tuple[int, int]:
+    """Pixels of a frame's side and frames of a clip that the run's model takes."""
+    from tokenizer.checkpoint import read_checkpoint
+
+    part = config.model
+    found = config.model_config() if part.init_from is None else read_checkpoint(part.init_from).config()
+    return part.image_size or found.image_size, part.max_frames or found.max_frames
+
+
+def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """The arithmetic that `run.dtype` means on this device."""
+    if config.run.dtype == "auto":
+        has_it = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if has_it else torch.float32
+    return torch.bfloat16 if config.run.dtype == "bfloat16" else torch.float32
+
+
+def checkpoint_blocks(model: BSQViT) -> None:
+    """Make every transformer block forget its activations and compute them again in the backward pass."""
+    for half in (model.encoder, model.decoder):
+        for block in half.transformer.blocks:
+            block.forward = _Recomputed(block.forward)
+
+
+class _Recomputed:
+    def __init__(self, forward: Any) -> None:
+        self._forward = forward
+
+    def __call__(self, *arguments: Any) -> Any:
+        return checkpoint(self._forward, *arguments, use_reentrant=False)
+
+
+def num_ranks() -> int:
+    """Processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process among them, from 0."""
+    return dist.get_rank() if num_ranks() > 1 else 0
+
+
+@contextmanager
+def joined_ranks(device: str) -> Iterator[torch.device]:
+    """Join the processes that `torchrun` started, if it did, and give the device that this one trains on.
+
+    Where a framework has joined them already, such as Ray Train, nothing is left to do."""
+    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
+    except RuntimeError as error:
+        raise SpecError(f"run.device is {device!r}; torch knows no such device. Give auto, cuda or cpu.") from error
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise SpecError("run.device is 'cuda', but torch finds no GPU. Set it to auto or cpu.")
+        torch.cuda.set_device(chosen)
+    joins = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+    if joins:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield chosen
+    finally:
+        if joins:
+            dist.destroy_process_group()
+
+
+@torch.no_grad()
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Replace every gradient by its mean over all processes, in one message."""
+    if num_ranks() == 1:
+        return
+    gradients = [each.grad if each.grad is not None else torch.zeros_like(each) for each in parameters]
+    flat = torch.cat([each.flatten() for each in gradients])
+    dist.all_reduce(flat)
+    flat /= num_ranks()
+    for parameter, mean in zip(parameters, torch.split(flat, [each.numel() for each in gradients]), strict=True):
+        parameter.grad = mean.view_as(parameter)
+
+
+@torch.no_grad()
+def _copy_from_first_rank(module: nn.Module) -> None:
+    if num_ranks() > 1:
+        tensors: Iterable[Tensor] = module.state_dict().values()
+        for each in tensors:
+            dist.broadcast(each, 0)
+
+
+def _pictures(frames_BTHWC: Tensor) -> Tensor:
+    """All frames as planar pictures, [B * T, 3, H, W]."""
+    return frames_BTHWC.permute(0, 1, 4, 2, 3).flatten(0, 1)
