@@ -7,7 +7,8 @@ two set.  Rounds are interleaved, so that other load on the machine strikes nume
     python -m benchmarks.throughput --stub             an encoder that costs nothing, at 256 px
     python -m benchmarks.throughput --device cuda --runners local --batch 256 --images 40000
 
-Decode-only is a bare loop of the pipeline's own decode function over files in memory, on as many threads as cores.
+Decode-only is a bare loop of the pipeline's own decode function over the same files, in memory, on as many threads as
+cores.
 End-to-end is a real job from tar to Parquet, ledger included, timed from the moment when its workers are up (start-up
 is printed apart) to its last commit."""
 
@@ -19,6 +20,7 @@ import platform
 import shutil
 import statistics
 import sys
+import tarfile
 import tempfile
 import time
 from collections import deque
@@ -29,7 +31,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.photo_shards import photographs, write_shards
+from benchmarks.photo_shards import write_shards
 from jobs.begin import resolve, write_beginning
 from jobs.driver import Driver, _Execution, _make_runner
 from jobs.finish import write_manifest
@@ -69,17 +71,26 @@ class _Warm:
         self._runner.close()
 
 
-def decode_rate(decoder: Decoder, files: list[bytes], num_images: int) -> tuple[float, float]:
+def read_images(shards: list[str]) -> list[bytes]:
+    """The very files that a job will decode, each in memory of its own."""
+    images = []
+    for shard in shards:
+        with tarfile.open(shard) as tar:
+            images += [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")]  # type: ignore[union-attr]
+    return images
+
+
+def decode_rate(decoder: Decoder, images: list[bytes]) -> tuple[float, float]:
     """Images per second, and CPU milliseconds per image, of the bare decode loop."""
 
     def work(first: int) -> None:
-        for number in range(first, num_images, NUM_CPUS):
-            payload = files[number % len(files)]
+        for number in range(first, len(images), NUM_CPUS):
+            payload = images[number]
             member = Member(name="photo.jpg", kind="file", size=len(payload), offset=0, payload=payload)
             for view in decoder.views(f"{number:08d}", member):
                 assert view.frames_TCHW.shape[0] == 1
 
-    return _timed(work, num_images)
+    return _timed(work, len(images))
 
 
 def model_rate(job: Job, folder: str, batch: int, num_images: int, device: str) -> tuple[float, float]:
@@ -178,9 +189,9 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> None:
-    files = photographs()
     shards = write_shards(folder / "shards", arguments.images, arguments.images_per_shard)
-    size = sum(map(len, files)) / len(files) / 1000
+    images = read_images(shards)
+    size = sum(map(len, images)) / len(images) / 1000
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine()
     print(f"{device}, {NUM_CPUS} cores, torch {torch.__version__}, Python {platform.python_version()}")
     print(f"{arguments.images:,} photographs of 640x480 px, {size:.0f} kB on average, in {len(shards)} shards")
@@ -200,9 +211,9 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
             spec = parse_spec({**values, "out": str(out)}, source="benchmark")
             job = resolve(spec, gpus=spec.device == "cuda", storage_options={}).job
             decoder = Decoder(job.spec.preprocess, job.spec.clips, job.spec.limits)
-            before = decode_rate(decoder, files, arguments.images)
+            before = decode_rate(decoder, images)
             end_to_end = job_rate(spec, kind)
-            after = decode_rate(decoder, files, arguments.images)
+            after = decode_rate(decoder, images)
             decode = statistics.mean((before[0], after[0]))
             table.setdefault("decode only", []).extend([before, after])
             table.setdefault(f"end to end, {kind}", []).append(end_to_end)
