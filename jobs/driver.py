@@ -598,8 +598,9 @@ def _count_gpus(device: str, ray_address: str | None) -> int:
 
 def _count_cpus(ray_address: str | None) -> int:
     if ray_address is not None:
-        from jobs.ray_runner import cluster_resource
+        from jobs.ray_runner import cluster_resource, connect_ray
 
+        connect_ray(ray_address)
         return int(cluster_resource("CPU"))
     return len(os.sched_getaffinity(0))
 

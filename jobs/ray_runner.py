@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from typing import Any
 
 from jobs.local_runner import DRAIN_SECONDS, HEARTBEAT_SECONDS, log_to
@@ -22,6 +23,8 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray
 from ray.exceptions import RayActorError, RayError
 
+KNOCK_SECONDS = 10.0
+"""How long a cluster may take to accept a connection."""
 ACTOR_CALLS = 4
 """Calls that an actor answers side by side: polls, assignments, and a drain among them."""
 
@@ -174,6 +177,7 @@ def connect_ray(address: str | None) -> None:
     if address is None:
         os.environ.pop("RAY_ADDRESS", None)
     try:
+        _knock(address or "")
         ray.init(
             address=address or "local",
             include_dashboard=False if address is None else None,
@@ -181,11 +185,18 @@ def connect_ray(address: str | None) -> None:
             logging_level=logging.ERROR,
             configure_logging=True,
         )
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at {address}" if address else "Ray on this host"
         raise SpecError(
             f"{where} cannot be reached: {_first_line(error)}. Check --ray-address, or use --no-ray."
         ) from error
+
+
+def _knock(address: str) -> None:
+    """Raise OSError when nobody answers at `address`: Ray itself would try for minutes, and print what it thinks."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_SECONDS).close()
 
 
 def _first_line(error: BaseException) -> str:

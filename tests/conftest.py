@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,3 +59,29 @@ def bsq() -> RunBsq:
         )
 
     return run
+
+
+@dataclass(frozen=True)
+class ObjectStore:
+    """An S3 server in this process, with one bucket."""
+
+    url: str
+    storage_options: dict[str, Any]
+
+
+@pytest.fixture
+def object_store() -> Iterator[ObjectStore]:
+    """An empty bucket."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        credentials = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
+        endpoint = f"http://{host}:{port}"
+        boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **credentials).create_bucket(Bucket="bucket")
+        yield ObjectStore("s3://bucket", {"key": "test", "secret": "test", "endpoint_url": endpoint})
+    finally:
+        server.stop()

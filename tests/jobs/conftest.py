@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -256,29 +256,3 @@ def write_dataset(tmp_path: Path, tiny_checkpoint: CheckpointFiles) -> Callable[
         return TinyDataset(**options).write()
 
     return write
-
-
-@dataclasses.dataclass(frozen=True)
-class ObjectStore:
-    """An S3 server in this process, with one bucket."""
-
-    url: str
-    storage_options: dict[str, Any]
-
-
-@pytest.fixture
-def object_store() -> Iterator[ObjectStore]:
-    """An empty bucket."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        credentials = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
-        endpoint = f"http://{host}:{port}"
-        boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **credentials).create_bucket(Bucket="bucket")
-        yield ObjectStore("s3://bucket", {"key": "test", "secret": "test", "endpoint_url": endpoint})
-    finally:
-        server.stop()
