@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from multiprocessing import connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -57,7 +58,8 @@ class _Child:
         self._process: SpawnProcess = context.Process(
             target=_run_child, args=(setup, theirs, log_path), name=setup.name, daemon=True
         )
-        self._process.start()
+        with _blocking_interrupts():
+            self._process.start()
         theirs.close()
         self._heartbeat: Heartbeat | None = None
         self._messages: list[Message] = []
@@ -105,10 +107,20 @@ class _Child:
             self.pipe.send(command)
 
 
+@contextlib.contextmanager
+def _blocking_interrupts() -> Iterator[None]:
+    """Let a process that is started meanwhile never hear of Ctrl-C, not even while it imports.
+
+    It reaches the whole process group; the driver decides what it means for its workers."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _run_child(setup: WorkerSetup, pipe: connection.Connection[Any, Any], log_path: str) -> None:
     """Body of a child: build the worker, then carry commands in and messages out until the pipe ends."""
-    # Ctrl-C reaches the whole process group; the driver decides what it means for its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     log_to(log_path, setup.name)
     try:
         worker = ShardWorker(setup)
