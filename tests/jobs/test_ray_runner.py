@@ -153,6 +153,38 @@ def test_a_driver_on_ray_that_is_killed_leaves_no_process_and_its_job_goes_on(
     assert dataset_files(out) == local_files
 
 
+def test_control_c_on_ray_keeps_what_was_read_and_names_the_command_that_goes_on(
+    small_shards: list[Path],
+    local_files: dict[str, str],
+    tmp_path: Path,
+    bsq: RunBsq,
+    start: Callable[..., subprocess.Popen[str]],
+) -> None:
+    out = tmp_path / "out"
+    job = start("tokenize", *small_shards, "--out", out, *STUB, hold_at="after_publish")
+    markers = tmp_path / "markers"
+    wait_until(lambda: len(standing(markers)) == 1, "the actor stands behind its first token file", job)
+    # A terminal sends it to every process of the group, those of Ray among them.
+    os.killpg(job.pid, signal.SIGINT)
+
+    def ended() -> bool:
+        for pid in standing(markers):
+            let_go(markers, pid)
+        return job.poll() is not None
+
+    wait_until(ended, "the job ends")
+    stdout, stderr = job.communicate()
+    assert job.returncode == 130, stderr
+    assert "Traceback" not in stdout + stderr
+    assert f"bsq resume {out}" in stderr
+    assert not (out / "lease.json").exists()
+    ledger = read_ledger(Storage(str(out)), 0)
+    assert 0 < len(ledger.commits) < 6
+    assert ledger.failed_attempts == {}, "what was put down did not fail"
+    assert bsq("resume", out, "--no-ray").returncode == 0
+    assert dataset_files(out) == local_files
+
+
 def test_more_than_the_cluster_has_is_refused_in_one_line(
     small_shards: list[Path], tmp_path: Path, bsq: RunBsq
 ) -> None:
