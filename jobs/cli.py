@@ -415,6 +415,30 @@ def import_checkpoint(
 
 
 @app.command()
+def train(
+    config: Annotated[
+        Path, typer.Argument(metavar="TRAIN.YAML", help="Settings of the run (docs/training.md).", show_default=False)
+    ],
+    resume: Annotated[
+        bool, _switch("--resume", "Go on with the run in its folder, or begin it. Left out: the folder must be new.")
+    ] = False,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out", metavar="DIR", help="Folder of the run. Left out: what the file names.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Train a tokenizer as TRAIN.YAML says; under torchrun, on several devices.
+
+    A signal ends the run with everything saved."""
+    from jobs.train import train as train_tokenizer
+
+    tokenizer = train_tokenizer(config, resume=resume, out=out)
+    typer.echo(f"Wrote {tokenizer}; use it with: bsq tokenize SHARDS... --tokenizer {tokenizer} --out DIR")
+
+
+@app.command()
 def demo(
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Folder to write to; an earlier demo in it is replaced.")

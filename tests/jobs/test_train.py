@@ -1,0 +1,150 @@
+"""`bsq train`: a training file becomes a tokenizer, a resumed one the same, and mistakes one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from jobs.train import TrainDisplay, train
+from schemas.errors import SpecError
+from schemas.trainspec import parse_train_spec, read_train_spec
+from tests.tiny_corpus import BSQ, REPOSITORY, bsq_environment
+from tokenizer.checkpoint import from_pretrained
+from tokenizer.train_config import train_config
+from tokenizer.train_log import TrainReport, picture_grid, write_png
+from tokenizer.train_state import find_states, load_state
+
+
+def write_config(folder, shards, *, steps=4, **sections):
+    values = {
+        "recipe": "small-cpu",
+        "out": str(folder / "run"),
+        "data": {
+            "images": [str(shard) for shard in shards],
+            "clips": [str(shards[2])],
+            "validation_images": [str(shards[1])],
+            "validation_clips": [str(shards[2])],
+            "validation_items": 4,
+            "decode_threads": 1,
+        },
+        "model": {"preset": "vit-tiny-32-l18", "width": 32, "layers": 1, "heads": 2, "head_width": 64, "max_frames": 3},
+        "optimizer": {"steps": steps, "batch_images": 4, "batch_clips": 1, "warmup_steps": 1},
+        "run": {"device": "cpu", "dtype": "float32", "log_every": 1, "save_every": 2, "validate_every": 4,
+                "picture_every": 4},
+    }  # fmt: skip
+    for name, section in sections.items():
+        values[name] = {**values[name], **section}
+    path = folder / "train.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_a_training_file_makes_a_tokenizer_and_a_resumed_run_the_same(tmp_path, small_shards, hold):
+    folders = [tmp_path / name for name in ("whole", "parts")]
+    for folder in folders:
+        folder.mkdir()
+    shown = io.StringIO()
+    tokenizer = train(write_config(folders[0], small_shards, data={"hold": hold}), stream=shown)
+    assert from_pretrained(tokenizer).config.trained
+    train(write_config(folders[1], small_shards, steps=2, data={"hold": hold}), stream=io.StringIO())
+    # The file's steps are the end of the cosine, so compare only that the run goes on and its data do not repeat.
+    train(write_config(folders[1], small_shards, data={"hold": hold}), resume=True, stream=io.StringIO())
+    whole, parts = (losses(folder / "run") for folder in folders)
+    assert len(whole) == len(parts) == 4 and whole[0] == parts[0]
+    states = [load_state(find_states(folder / "run" / "states")[-1]).values["batches"] for folder in folders]
+    assert states[0] == states[1]
+    text = shown.getvalue()
+    assert "step 4 of 4: loss" in text and "val_psnr" in text and "step-00000004.png" in text
+    with Image.open(tmp_path / "whole" / "run" / "pictures" / "step-00000004.png") as picture:
+        assert picture.size == (4 * 36 - 4, 2 * 32 + 4)
+
+
+def test_the_command_saves_on_sigterm_and_says_how_to_go_on(tmp_path, small_shards):
+    config = write_config(tmp_path, small_shards, steps=100_000)
+    command = [*BSQ, "train", str(config)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=bsq_environment(), cwd=REPOSITORY)
+    for line in process.stderr:
+        if "step 1 of" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stderr.read()
+    assert process.wait(60) == 130, rest
+    assert "Interrupted: Saved after step" in rest and "--resume" in rest
+    assert find_states(tmp_path / "run" / "states")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda v: v.update(dat=v.pop("data")), r"unknown key 'dat'. Did you mean 'data'\?"),
+        (lambda v: v["data"].update(image=[]), r"unknown key 'data.image'. Did you mean 'images'\?"),
+        (lambda v: v["data"].update(limits={"max_pixel": 1}), r"'data.limits.max_pixel'. Did you mean 'max_pixels'\?"),
+        (lambda v: v["data"].update(images=[], clips=[]), "data names no shards"),
+        (lambda v: v["data"].update(hold_views=0), r"data.hold_views must be greater than or equal to 1 \(found 0\)"),
+        (lambda v: v["data"].update(fps=-1), "data.fps"),
+        (lambda v: v.pop("data"), "'data' is missing"),
+        (lambda v: v.update(out=""), "name a local folder for the run"),
+        (lambda v: v["optimizer"].update(stepz=1), r"unknown key 'optimizer.stepz'. Did you mean 'steps'\?"),
+        (lambda v: v["run"].update(device="tpu9"), "run.device is 'tpu9'"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line(tmp_path, small_shards, change, words):
+    path = write_config(tmp_path, small_shards)
+    values = yaml.safe_load(path.read_text())
+    change(values)
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(SpecError, match=words) as refusal:
+        train(path, stream=io.StringIO())
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_file_that_is_missing_or_no_yaml_is_one_line(tmp_path):
+    with pytest.raises(SpecError, match="cannot be read"):
+        read_train_spec(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("data: [")
+    with pytest.raises(SpecError, match="not valid YAML in line"):
+        read_train_spec(tmp_path / "bad.yaml")
+    with pytest.raises(SpecError, match="a training file is a mapping"):
+        parse_train_spec([], source="x")
+
+
+def test_the_example_can_be_meant():
+    spec = read_train_spec(REPOSITORY / "examples" / "train_small.yaml")
+    config = train_config(spec.training())
+    model = config.model_config()
+    assert (model.encoder.width, model.encoder.layers, model.bits_per_token, model.max_frames) == (192, 4, 18, 16)
+    assert config.losses.entropy_weight == 0.002 and config.losses.quantizer.codebook_entropy == "bit"
+
+
+def test_lines_are_few_without_a_terminal_and_tell_the_time_left():
+    stream = io.StringIO()
+    display = TrainDisplay(stream)
+    for step in range(1, 50):
+        display.observe(TrainReport(step, 100, {"loss": 1.0, "psnr": 20.0}, eta_seconds=100.0 - step))
+    display.observe(TrainReport(50, 100, line="A channel is dead."))
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2
+    assert "step 1 of 100: loss 1, psnr 20, 1 min 39 s left" in lines[0] and "dead" in lines[1]
+
+
+def test_pictures_are_png_files_that_others_read(tmp_path):
+    generator = np.random.default_rng(0)
+    pictures = list(generator.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8))
+    write_png(tmp_path / "grid.png", picture_grid(pictures, pictures[::-1]))
+    with Image.open(tmp_path / "grid.png") as image:
+        pixels = np.asarray(image)
+    assert pixels.shape == (8 + 4 + 8, 3 * 8 + 2 * 4, 3)
+    assert np.array_equal(pixels[:8, :8], pictures[0]) and np.array_equal(pixels[12:, :8], pictures[2])
