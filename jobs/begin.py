@@ -103,12 +103,13 @@ def recognise(storage: Storage, beginning: Beginning) -> Job | None:
             f"{storage.url}: holds tokens made with other settings ({'; '.join(differences[:4])}). "
             f"Choose another folder, or ask for the same settings to go on with this one."
         )
-    if existing.plan_sha256 != job.plan_sha256:
-        planned = set(read_plan(storage, 0)["url"].to_pylist())
-        asked = {printable_url(url) for url in beginning.urls}
+    # Not by the plan's hash: another version of Arrow writes other bytes for the same URLs.
+    planned = read_plan(storage, 0)["url"].to_pylist()
+    asked = [printable_url(url) for url in beginning.urls]
+    if planned != asked:
         raise Refused(
-            f"{storage.url}: was begun with other shards ({len(asked - planned)} of those asked for are not in it, "
-            f"{len(planned - asked)} of it are not asked for). Use `bsq resume` to finish it as it is, or tokenize the "
+            f"{storage.url}: was begun with other shards ({len(set(asked) - set(planned))} of those asked for are not in it, "
+            f"{len(set(planned) - set(asked))} of it are not asked for). Use `bsq resume` to finish it as it is, or tokenize the "
             f"other shards into another folder."
         )
     return existing

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 
 # How long a waiting thread may miss the stop flag; waking costs microseconds.
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.25
 
 
 class Stopped(Exception):
