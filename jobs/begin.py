@@ -107,10 +107,11 @@ def recognise(storage: Storage, beginning: Beginning) -> Job | None:
     planned = read_plan(storage, 0)["url"].to_pylist()
     asked = [printable_url(url) for url in beginning.urls]
     if planned != asked:
+        num_others, num_missing = len(set(asked) - set(planned)), len(set(planned) - set(asked))
         raise Refused(
-            f"{storage.url}: was begun with other shards ({len(set(asked) - set(planned))} of those asked for are not in it, "
-            f"{len(set(planned) - set(asked))} of it are not asked for). Use `bsq resume` to finish it as it is, or tokenize the "
-            f"other shards into another folder."
+            f"{storage.url}: was begun with other shards ({num_others} of those asked for are not in it, {num_missing} "
+            f"of it are not asked for). Use `bsq resume` to finish it as it is, or tokenize the other shards into "
+            f"another folder."
         )
     return existing
 
