@@ -428,12 +428,29 @@ def train(
             "--out", metavar="DIR", help="Folder of the run. Left out: what the file names.", show_default=False
         ),
     ] = None,
+    decode_to: Annotated[
+        Path | None,
+        typer.Option(
+            "--decode-to",
+            metavar="DIR",
+            help="Only decode what is learnt from into DIR, for a machine without codecs. Left out: train.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Train a tokenizer as TRAIN.YAML says; under torchrun, on several devices.
 
     A signal ends the run with everything saved."""
+    from jobs.train import save_frames
     from jobs.train import train as train_tokenizer
 
+    if decode_to is not None:
+        save_frames(config, decode_to)
+        typer.echo(
+            f"Wrote {decode_to}; train with: python -m tokenizer.trainer --frames {decode_to} "
+            f"--config {decode_to / 'config.json'} --out DIR"
+        )
+        return
     tokenizer = train_tokenizer(config, resume=resume, out=out)
     typer.echo(f"Wrote {tokenizer}; use it with: bsq tokenize SHARDS... --tokenizer {tokenizer} --out DIR")
 

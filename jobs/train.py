@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,52 +65,86 @@ def train(path: Path, *, resume: bool = False, out: str | None = None, stream: T
     return Path(folder) / "tokenizer"
 
 
+def save_frames(path: Path, folder: Path, *, stream: TextIO | None = None) -> None:
+    """Decode what a training file holds into FOLDER, for `python -m tokenizer.trainer` on a machine without codecs.
+
+    FOLDER/images.npy and clips.npy, the same under FOLDER/validation, and FOLDER/config.json."""
+    spec = read_train_spec(path)
+    config = train_config(spec.training(), str(path))
+    with TrainDisplay(stream) as display:
+        complaints = Complaints(display.tell)
+        held = hold_sources(spec, config, complaints, display.tell)
+        for where, arrays in ((folder, held), (folder / "validation", validation_frames(spec, config, complaints))):
+            for frames in arrays:
+                where.mkdir(parents=True, exist_ok=True)
+                name = "images.npy" if frames.shape[1] == 1 else "clips.npy"
+                np.save(where / name, frames.contiguous().numpy())
+    (folder / "config.json").write_text(json.dumps(config.to_json_dict(), indent=2) + "\n", encoding="utf-8")
+
+
 def open_data(
     spec: TrainSpec, config: TrainConfig, device: torch.device, complaints: Complaints, tell: Callable[[str], None]
 ) -> tuple[Batches, list[Tensor]]:
     """The batches of this process, and frames to validate on."""
-    data = spec.data
-    sizes = training_sizes(config)
-    wanted: tuple[tuple[tuple[str, ...], Kind], ...] = ((data.images, "image"), (data.clips, "video"))
-    sources = [shard_source(data, shards, kind, sizes, config.run.seed) for shards, kind in wanted if shards]
     batches: Batches
-    if data.hold:
-        held = []
-        for source in sources:
-            begun = time.monotonic()
-            views = data.hold_views if source.kind == "image" else 1
-            larger = held_source(source, scale=data.hold_scale)
-            frames = hold_frames(
-                replace(larger, preprocess=larger.preprocess.model_copy(update={"views": views})), complaints
-            )
-            held.append(frames)
-            tell(
-                f"Decoded {len(frames):,} {'views' if source.kind == 'image' else 'clips'} "
-                f"({describe_bytes(frames.numel())}) in {describe_seconds(time.monotonic() - begun)}."
-            )
-        batches = held_batches(config, held, device)
+    if spec.data.hold:
+        batches = held_batches(config, hold_sources(spec, config, complaints, tell), device)
     else:
         batches = StreamedFrames(
-            sources,
+            shard_sources(spec, config),
             sampling=config.sampling,
             optimizer=config.optimizer,
             seed=config.run.seed,
-            shuffle_samples=data.shuffle_samples,
+            shuffle_samples=spec.data.shuffle_samples,
             complaints=complaints,
             rank=rank(),
             num_ranks=num_ranks(),
             pin=device.type == "cuda",
         )
-    measured: tuple[tuple[tuple[str, ...], Kind], ...] = (
+    return batches, validation_frames(spec, config, complaints)
+
+
+def hold_sources(
+    spec: TrainSpec, config: TrainConfig, complaints: Complaints, tell: Callable[[str], None]
+) -> list[Tensor]:
+    """All frames to learn from, decoded: of pictures, then of clips."""
+    held = []
+    for source in shard_sources(spec, config):
+        begun = time.monotonic()
+        views = spec.data.hold_views if source.kind == "image" else 1
+        larger = held_source(source, scale=spec.data.hold_scale)
+        frames = hold_frames(
+            replace(larger, preprocess=larger.preprocess.model_copy(update={"views": views})), complaints
+        )
+        held.append(frames)
+        tell(
+            f"Decoded {len(frames):,} {'views' if source.kind == 'image' else 'clips'} "
+            f"({describe_bytes(frames.numel())}) in {describe_seconds(time.monotonic() - begun)}."
+        )
+    return held
+
+
+def validation_frames(spec: TrainSpec, config: TrainConfig, complaints: Complaints) -> list[Tensor]:
+    """Frames to measure on: pictures, then clips, as far as the spec names them."""
+    data = spec.data
+    wanted: tuple[tuple[tuple[str, ...], Kind], ...] = (
         (data.validation_images, "image"),
         (data.validation_clips, "video"),
     )
-    validation = [
-        hold_frames(validation_source(data, shards, kind, sizes), complaints, most=data.validation_items)
-        for shards, kind in measured
+    return [
+        hold_frames(
+            validation_source(data, shards, kind, training_sizes(config)), complaints, most=data.validation_items
+        )
+        for shards, kind in wanted
         if shards
     ]
-    return batches, validation
+
+
+def shard_sources(spec: TrainSpec, config: TrainConfig) -> list[ShardSource]:
+    """Shards to learn from, pictures before clips."""
+    wanted: tuple[tuple[tuple[str, ...], Kind], ...] = ((spec.data.images, "image"), (spec.data.clips, "video"))
+    sizes = training_sizes(config)
+    return [shard_source(spec.data, shards, kind, sizes, config.run.seed) for shards, kind in wanted if shards]
 
 
 def shard_source(

@@ -60,12 +60,15 @@ class HeldFrames:
         self._pools: list[Tensor] = []
         for number, array in enumerate(arrays):
             _require_frames(array, image_size, f"array {number}")
-            tensor = array if isinstance(array, Tensor) else torch.from_numpy(np.ascontiguousarray(array))
+            # np.array copies: torch takes no memory that cannot be written, such as a mapped file.
+            tensor = array if isinstance(array, Tensor) else torch.from_numpy(np.array(array))
             if max_frames > 1 or tensor.shape[1] == 1:
                 self._pools.append(tensor.to(device))
             else:
                 # An image tokenizer learns from the frames of videos too.
                 self._pools.append(tensor.flatten(0, 1).unsqueeze(1).to(device))
+        # Pictures first, so that batches do not depend on the order in which folders list files.
+        self._pools.sort(key=lambda pool: pool.shape[1] > 1)
         if not self._pools:
             raise SpecError("There is nothing to train on; give at least one array of frames.")
         self._frames = [min(max_frames, pool.shape[1]) for pool in self._pools]
@@ -161,7 +164,7 @@ def read_arrays(path: str | os.PathLike[str]) -> list[np.ndarray[Any, Any]]:
 def centre_frames(array: np.ndarray[Any, Any] | Tensor, *, image_size: int, max_frames: int) -> Tensor:
     """What a model is measured on: the first frames, the middle square, at the model's size: uint8 [N, T, S, S, 3]."""
     _require_frames(array, image_size, "validation")
-    frames = array if isinstance(array, Tensor) else torch.from_numpy(np.ascontiguousarray(array))
+    frames = array if isinstance(array, Tensor) else torch.from_numpy(np.array(array))
     height, width = frames.shape[2:4]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2

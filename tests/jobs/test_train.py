@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import signal
@@ -12,14 +13,15 @@ import pytest
 import yaml
 from PIL import Image
 
-from jobs.train import TrainDisplay, train
+from jobs.train import TrainDisplay, save_frames, train
 from schemas.errors import SpecError
-from schemas.trainspec import parse_train_spec, read_train_spec
+from schemas.trainspec import TrainDataSpec, parse_train_spec, read_train_spec
 from tests.tiny_corpus import BSQ, REPOSITORY, bsq_environment
-from tokenizer.checkpoint import from_pretrained
-from tokenizer.train_config import train_config
+from tokenizer.checkpoint import from_pretrained, weight_sha256
+from tokenizer.train_config import RECIPES, train_config
 from tokenizer.train_log import TrainReport, picture_grid, write_png
 from tokenizer.train_state import find_states, load_state
+from tokenizer.trainer import main as train_from_arrays
 
 
 def write_config(folder, shards, *, steps=4, **sections):
@@ -86,6 +88,18 @@ def test_the_command_saves_on_sigterm_and_says_how_to_go_on(tmp_path, small_shar
     assert find_states(tmp_path / "run" / "states")
 
 
+def test_frames_that_are_decoded_ahead_train_the_same_tokenizer(tmp_path, small_shards, capsys):
+    """On a machine without codecs; `torch` and NumPy are enough there."""
+    config = write_config(tmp_path, small_shards)
+    whole = train(config, stream=io.StringIO())
+    save_frames(config, tmp_path / "frames", stream=io.StringIO())
+    arguments = ["--frames", tmp_path / "frames", "--validation", tmp_path / "frames" / "validation",
+                 "--config", tmp_path / "frames" / "config.json", "--out", tmp_path / "bare"]  # fmt: skip
+    assert train_from_arrays([str(each) for each in arguments]) == 0, capsys.readouterr().err
+    assert losses(tmp_path / "bare") == losses(tmp_path / "run")
+    assert weight_sha256(from_pretrained(whole)) == weight_sha256(from_pretrained(tmp_path / "bare" / "tokenizer"))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -127,6 +141,22 @@ def test_the_example_can_be_meant():
     model = config.model_config()
     assert (model.encoder.width, model.encoder.layers, model.bits_per_token, model.max_frames) == (192, 4, 18, 16)
     assert config.losses.entropy_weight == 0.002 and config.losses.quantizer.codebook_entropy == "bit"
+
+
+def test_every_setting_is_in_the_documentation_with_its_default():
+    text = (REPOSITORY / "docs" / "training.md").read_text()
+    sections = {name: getattr(train_config({"recipe": "no-lpips"}), name) for name in
+                ("losses", "discriminator", "optimizer", "sampling", "run", "model")}  # fmt: skip
+    recipe = RECIPES["no-lpips"]
+    for section, part in sections.items():
+        table = text.partition(f"\n### {section}\n")[2].partition("\n### ")[0]
+        for field in dataclasses.fields(part):
+            changed = field.name in recipe.get(section, {})
+            default = "see below" if field.name == "quantizer" else f"`{getattr(part, field.name)!r}`"
+            assert f"| `{field.name}` | " in table, f"{section}.{field.name}"
+            assert changed or f"| `{field.name}` | {default} |" in table, field.name
+    table = text.partition("\n### data\n")[2]
+    assert all(f"| `{name}` | " in table for name in TrainDataSpec.model_fields)
 
 
 def test_lines_are_few_without_a_terminal_and_tell_the_time_left():
