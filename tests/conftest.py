@@ -79,9 +79,10 @@ def object_store() -> Iterator[ObjectStore]:
     server.start()
     try:
         host, port = server.get_host_and_port()
-        credentials = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
+        key, secret = "someone", "s3cr3t-of-nobody"
+        credentials = {"aws_access_key_id": key, "aws_secret_access_key": secret}
         endpoint = f"http://{host}:{port}"
         boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **credentials).create_bucket(Bucket="bucket")
-        yield ObjectStore("s3://bucket", {"key": "test", "secret": "test", "endpoint_url": endpoint})
+        yield ObjectStore("s3://bucket", {"key": key, "secret": secret, "endpoint_url": endpoint})
     finally:
         server.stop()

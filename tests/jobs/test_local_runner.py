@@ -80,7 +80,7 @@ def test_control_c_while_workers_start_ends_the_job_without_a_traceback(
     assert f"bsq resume {tmp_path / 'out'}" in stderr
     assert not any(is_alive(pid) for pid in workers)
     assert not (tmp_path / "out" / "lease.json").exists()
-    assert bsq("resume", tmp_path / "out", "--no-ray").returncode == 0
+    assert bsq("resume", tmp_path / "out", "--in-process").returncode == 0
 
 
 def test_workers_end_when_their_driver_is_killed(job: subprocess.Popen[str], tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_a_driver_on_ray_that_is_killed_leaves_no_process_and_its_job_goes_on(
     assert [name for name in dataset_files(out) if name.startswith("tokens/")] != []
     os.kill(job.pid, signal.SIGKILL)
     wait_until(lambda: not is_alive(actor), "the actor is gone too")
-    resumed = bsq("resume", out, "--no-ray")
+    resumed = bsq("resume", out, "--in-process")
     assert resumed.returncode == 0, resumed.stderr
     assert dataset_files(out) == local_files
 
@@ -181,7 +181,7 @@ def test_control_c_on_ray_keeps_what_was_read_and_names_the_command_that_goes_on
     ledger = read_ledger(Storage(str(out)), 0)
     assert 0 < len(ledger.commits) < 6
     assert ledger.failed_attempts == {}, "what was put down did not fail"
-    assert bsq("resume", out, "--no-ray").returncode == 0
+    assert bsq("resume", out, "--in-process").returncode == 0
     assert dataset_files(out) == local_files
 
 
