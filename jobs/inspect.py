@@ -25,6 +25,7 @@ from pipeline.dataset_files import (
     read_manifest,
     read_plan,
 )
+from pipeline.parquet import PARQUET_ERRORS, open_parquet, read_parquet
 from pipeline.storage import Storage, printable_url
 from schemas.errors import BsqError, SpecError
 from schemas.failures import FAILURE_SCHEMA
@@ -175,8 +176,8 @@ def _commonest_failures(storage: Storage, tables: Sequence[str]) -> list[str]:
     for name in tables[:MAX_FAILURE_TABLES]:
         try:
             columns = ["severity", "stage", "error", "message"]
-            rows = pq.read_table(StoredFile(storage, name), columns=columns).to_pylist()
-        except (FileNotFoundError, pa.ArrowException, OSError) as error:
+            rows = read_parquet(StoredFile(storage, name), columns).to_pylist()
+        except PARQUET_ERRORS as error:
             raise BsqError(f"{storage.printable(name)}: cannot be read. Run `bsq verify {storage.url}`.") from error
         for row in rows:
             kind = (row["severity"], row["stage"], row["error"])
@@ -235,7 +236,7 @@ def _describe_file(storage: Storage, name: str) -> str:
 def _describe_parquet(storage: Storage, name: str) -> str:
     what = storage.printable(name)
     try:
-        file = pq.ParquetFile(StoredFile(storage, name))
+        file = open_parquet(StoredFile(storage, name))
         names = file.schema_arrow.names
         if b"bsqtok.bits" in (file.metadata.metadata or {}):
             return _describe_token_file(what, file)
@@ -244,14 +245,15 @@ def _describe_parquet(storage: Storage, name: str) -> str:
         if names == MANIFEST_SCHEMA.names:
             return _describe_manifest_table(what, file)
         if names == PLAN_SCHEMA.names:
-            plan = file.read()
+            plan = file.read(use_threads=False)
             first = [f"  {row['shard']:>7} {_shorten(row['url'])}" for row in plan.slice(0, SHOWN_ROWS).to_pylist()]
             return "\n".join(
                 [f"{what}: the plan of a dataset, {_count(len(plan), 'shard')}", *first, *_more(len(plan))]
             )
-    except (pa.ArrowException, OSError) as error:
+    except PARQUET_ERRORS as error:
         raise BsqError(f"{what}: damaged Parquet ({_shorten(str(error))}). Restore it from a copy.") from error
-    return f"{what}: a Parquet file of {_count(file.metadata.num_rows, 'row')}, but none of bsqtok ({', '.join(names[:6])})."
+    rows = _count(file.metadata.num_rows, "row")
+    return f"{what}: a Parquet file of {rows}, but none of bsqtok ({_shorten(', '.join(names[:6]))})."
 
 
 def _describe_token_file(what: str, file: pq.ParquetFile) -> str:
@@ -295,7 +297,7 @@ def _describe_token_file(what: str, file: pq.ParquetFile) -> str:
     lines += _more(len(groups))
     if not metadata.num_rows:
         return "\n".join(lines)
-    rows = file.read_row_group(0).slice(0, SHOWN_ROWS).to_pylist()
+    rows = file.read_row_group(0, use_threads=False).slice(0, SHOWN_ROWS).to_pylist()
     lines.append("  first rows")
     for row in rows:
         crop = "{},{} {}x{}".format(*row["crop"])
@@ -318,7 +320,7 @@ def _first_indices(row: Mapping[str, Any], footer: TokenFooter) -> list[int]:
 
 
 def _describe_failure_table(what: str, file: pq.ParquetFile) -> str:
-    rows = file.read().to_pylist()
+    rows = file.read(use_threads=False).to_pylist()
     shard = (file.metadata.metadata or {}).get(b"bsqtok.shard", b"").decode("utf-8", "replace")
     counts = Counter((row["severity"], row["stage"], row["error"]) for row in rows)
     lines = [f"{what}: failure table{f' of shard {shard}' if shard else ''}, {_count(len(rows), 'row')}"]
@@ -335,7 +337,7 @@ def _describe_failure_table(what: str, file: pq.ParquetFile) -> str:
 
 def _describe_manifest_table(what: str, file: pq.ParquetFile) -> str:
     columns = ["shard", "part", "file", "rows", "failed", "url"]
-    table = file.read(columns=columns)
+    table = file.read(columns=columns, use_threads=False)
     lines = [
         f"{what}: manifest, {_count(len(table), 'token file')}, {_count(pc.sum(table['rows']).as_py() or 0, 'row')}"
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -12,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from pipeline.parquet import PARQUET_ERRORS, open_parquet, read_parquet
 from pipeline.storage import Storage
 from schemas.errors import BsqError
 from schemas.failures import FAILURE_SCHEMA
@@ -87,10 +86,10 @@ def _read_recorded(storage: Storage, name: str, num_bytes: int, sha256: str, fou
 def _token_file_problems(data: bytes, job: Job, commit: Commit) -> tuple[list[str], npt.NDArray[np.int64] | None]:
     """What is wrong with a token file, and the positions of the samples that have rows in it."""
     try:
-        file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
+        file = open_parquet(data, check_pages=True)
         footer = TokenFooter.from_metadata(file.metadata.metadata)
-        table = file.read()
-    except (BsqError, pa.ArrowException, OSError) as error:
+        table = file.read(use_threads=False)
+    except (BsqError, *PARQUET_ERRORS) as error:
         return [f"it cannot be read: {error}"], None
     problems = _footer_problems(footer, job, commit)
     expected_schema = token_schema(job.spec.carry)
@@ -255,8 +254,8 @@ def _count_rows(bad: npt.NDArray[np.bool_], what: str, *, after: int = 0) -> lis
 def _failure_table_problems(data: bytes, job: Job, commit: Commit) -> tuple[list[str], npt.NDArray[np.int64] | None]:
     """What is wrong with a failure table, and the positions of the samples that failed."""
     try:
-        table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+        table = read_parquet(data, check_pages=True)
+    except PARQUET_ERRORS as error:
         return [f"it cannot be read: {error}"], None
     if table.schema.names != FAILURE_SCHEMA.names:
         return [f"columns are {_columns(table.schema)}, expected {_columns(FAILURE_SCHEMA)}"], None

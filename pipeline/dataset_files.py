@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from pipeline.parquet import PARQUET_ERRORS, read_parquet
 from pipeline.storage import Storage
 from schemas.errors import BsqError
 from schemas.job import Job
@@ -329,8 +330,8 @@ def _lost(storage: Storage, generation: int) -> BsqError:
 
 def _parse_table(storage: Storage, name: str, data: bytes, schema: pa.Schema) -> pa.Table:
     try:
-        return pq.read_table(io.BytesIO(data)).select(schema.names).cast(schema)
-    except (pa.ArrowException, KeyError, OSError) as error:
+        return read_parquet(data).select(schema.names).cast(schema)
+    except (*PARQUET_ERRORS, KeyError) as error:
         raise BsqError(f"{storage.printable(name)}: damaged ({error}). Restore it from a copy.") from error
 
 
