@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,8 @@ def object_store() -> Iterator[ObjectStore]:
         key, secret = "someone", "s3cr3t-of-nobody"
         credentials = {"aws_access_key_id": key, "aws_secret_access_key": secret}
         endpoint = f"http://{host}:{port}"
+        # All servers of this process share what was stored.
+        urllib.request.urlopen(urllib.request.Request(f"{endpoint}/moto-api/reset", method="POST")).close()
         boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **credentials).create_bucket(Bucket="bucket")
         yield ObjectStore("s3://bucket", {"key": key, "secret": secret, "endpoint_url": endpoint})
     finally:
