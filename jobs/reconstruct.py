@@ -169,7 +169,8 @@ def _span(numbers: list[int]) -> str:
 def _spread_rows(storage: Storage, count: int, generation: int | None) -> list[FoundRow]:
     files = [source for source in list_token_files(storage, generation) if source.rows]
     total = sum(source.rows for source in files)
-    wanted = sorted({(2 * number + 1) * total // (2 * count) for number in range(min(count, total))})
+    count = min(count, total)
+    wanted = [(2 * number + 1) * total // (2 * count) for number in range(count)]
     rows, first = [], 0
     for source in files:
         while wanted and wanted[0] < first + source.rows:
