@@ -65,9 +65,13 @@ class Learner:
         self.discriminator_optimizer = self._adamw(self.discriminator) if self.discriminator else None
         if config.run.checkpoint_blocks:
             checkpoint_blocks(self.model)
-        self._autoencode: Any = torch.compile(self.model.autoencode) if config.run.compile else self.model.autoencode
+        self._autoencode: Any = (
+            torch.compile(self.model.autoencode, dynamic=False) if config.run.compile else self.model.autoencode
+        )
         # Compiled code has no gradients of gradients: the penalty always takes the module itself.
-        self._judge: Any = torch.compile(self.discriminator) if config.run.compile else self.discriminator
+        self._judge: Any = (
+            torch.compile(self.discriminator, dynamic=False) if config.run.compile else self.discriminator
+        )
         samples = part.batch_images * num_ranks() if part.per_sample else 1
         self.peak_learning_rate = part.learning_rate * samples
 

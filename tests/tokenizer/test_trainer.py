@@ -18,39 +18,13 @@ import torch
 from safetensors.torch import load_file
 
 from schemas.errors import CheckpointError, Interrupted, SpecError
+from tests.tiny_training import CPU, frames, settings
 from tokenizer.checkpoint import from_pretrained, save_checkpoint
-from tokenizer.frame_batches import HeldFrames, centre_frames, read_arrays
-from tokenizer.train_config import RECIPES, train_config
 from tokenizer.train_state import find_states, load_state
 from tokenizer.train_step import CodeUsage, Learner, starting_model
 from tokenizer.trainer import Trainer, TrainingDiverged, held_batches
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TINY = {"preset": "vit-tiny-32-l18", "width": 32, "layers": 1, "heads": 2, "head_width": 64, "max_frames": 3}
-CPU = torch.device("cpu")
-
-
-def settings(recipe="small-cpu", **sections):
-    values = {
-        "recipe": recipe,
-        "model": TINY,
-        "optimizer": {"steps": 6, "batch_images": 4, "batch_clips": 2, "warmup_steps": 2, "learning_rate": 1e-3,
-                      "per_sample": False},
-        "discriminator": {"channels": 4, "max_channels": 8},
-        "run": {"device": "cpu", "dtype": "float32", "log_every": 1, "save_every": 2, "picture_every": 100,
-                "validate_every": 100},
-    }  # fmt: skip
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
-    return train_config(values)
-
-
-def frames(num, num_frames, size=40, seed=0):
-    """Smooth colours that move, uint8 [N, T, size, size, 3]."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(num * num_frames, 3, 4, 4, generator=generator)
-    smooth = torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear")
-    return (smooth * 255).to(torch.uint8).permute(0, 2, 3, 1).reshape(num, num_frames, size, size, 3).numpy()
 
 
 def train(config, out, arrays=None, *, resume=False, validation=(), reports=None, stop_after=None):
@@ -303,85 +277,6 @@ def test_two_processes_have_the_gradients_and_the_run_of_one_on_the_joined_batch
     assert (tmp_path / "two" / "states" / "state-00000003.safetensors").exists()
 
 
-# ---- frames that are held
-
-
-def test_batches_are_of_one_kind_come_once_per_epoch_and_do_not_depend_on_the_number_of_processes():
-    config = settings(sampling={"clip_share": 0.5}, optimizer={"batch_images": 3, "batch_clips": 1})
-    marked = np.arange(12, dtype=np.uint8)[:, None, None, None, None] * np.ones((1, 1, 40, 40, 3), np.uint8)
-    arrays = [marked, frames(4, 5)]
-
-    def source(number, num_ranks, batch=3, clips=1):
-        optimizer = replace(config.optimizer, batch_images=batch, batch_clips=clips)
-        return HeldFrames(arrays, image_size=32, max_frames=3, sampling=config.sampling, optimizer=optimizer, seed=3,
-                          rank=number, num_ranks=num_ranks)  # fmt: skip
-
-    alone, ranks = source(0, 1, 6, 2), [source(0, 2), source(1, 2)]
-    seen = []
-    for _ in range(30):
-        whole = alone.next_batch()
-        assert torch.equal(whole, torch.cat([rank.next_batch() for rank in ranks]))
-        assert whole.shape[1:] in ((1, 32, 32, 3), (3, 32, 32, 3)) and whole.dtype == torch.uint8
-        if whole.shape[1] == 1:
-            seen += whole[:, 0, 0, 0, 0].tolist()
-    assert 24 <= len(seen) <= 150  # images are about half of the batches
-    for epoch in range(len(seen) // 12):
-        assert sorted(seen[12 * epoch : 12 * epoch + 12]) == list(range(12))
-    assert seen[:12] != seen[12:24]
-
-
-def test_a_source_that_is_loaded_goes_on_with_the_same_batches():
-    config = settings()
-    first, second = (held_batches(config, [frames(10, 1), frames(5, 4)], CPU) for _ in range(2))
-    for _ in range(7):
-        first.next_batch()
-    second.load(json.loads(json.dumps(first.state())))
-    assert all(torch.equal(first.next_batch(), second.next_batch()) for _ in range(7))
-
-
-def test_frames_of_a_wrong_kind_are_refused_in_one_line(tmp_path):
-    config = settings()
-    for array, words in [
-        (frames(2, 1, 24), "24 x 24 px, smaller than the tokenizer's 32 px"),
-        (frames(2, 1)[0], r"uint8 \[1, 40, 40, 3\]; frames are uint8"),
-        (frames(2, 1).astype(np.float32), "float32"),
-    ]:
-        with pytest.raises(SpecError, match=words):
-            held_batches(config, [array], CPU)
-    with pytest.raises(SpecError, match="cannot be read as NumPy arrays"):
-        read_arrays(tmp_path / "missing.npz")
-    assert centre_frames(frames(2, 5, 48), image_size=32, max_frames=3).shape == (2, 3, 32, 32, 3)
-
-
-# ---- settings and the script
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"optimiser": {}}, r"unknown key 'optimiser'. Did you mean 'optimizer'\?"),
-        ({"losses": {"lpip_weight": 1}}, r"unknown key 'losses.lpip_weight'. Did you mean 'lpips_weight'\?"),
-        ({"losses": {"quantizer": {"gama": 1}}}, r"'losses.quantizer.gama'. Did you mean 'gamma'\?"),
-        ({"recipe": "small"}, r"no recipe 'small'; .*Did you mean 'small-cpu'\?"),
-        ({"optimizer": {"steps": 0}}, "optimizer.steps is 0; it must be at least 1"),
-        ({"optimizer": {"steps": True}}, "optimizer.steps is True; it must be a whole number"),
-        ({"losses": {"reconstruction": "l2"}}, "losses.reconstruction is 'l2'; valid: l1, mse"),
-        ({"sampling": {"crop_scale": [0.9, 0.2]}}, r"crop_scale is \[0.9, 0.2\]"),
-        ({"recipe": "paper"}, "lpips_folder names no weights.*recipe no-lpips"),
-    ],
-)
-def test_settings_that_cannot_be_meant_are_refused_in_one_line(values, words):
-    with pytest.raises(SpecError, match=words) as refusal:
-        train_config({"recipe": "no-lpips", **values})
-    assert "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_settings_survive_json(recipe):
-    config = train_config({"recipe": recipe, "losses": {"lpips_folder": "weights"}})
-    assert train_config(json.loads(json.dumps(config.to_json_dict()))) == config
-
-
 SCRIPT = """
 import sys
 sys.modules.update(dict.fromkeys(["pydantic", "pyarrow", "av", "fsspec", "yaml", "ray", "PIL", "tensorboard"]))
@@ -419,3 +314,19 @@ def test_the_script_trains_from_arrays_on_a_bare_machine_and_ends_whole_on_sigte
     assert f"Going on after step {step}" in done.stderr
     assert [number for number, *_ in losses(tmp_path / "out")] == list(range(1, step + 3))
     assert load_file(tmp_path / "out" / "tokenizer" / "model.safetensors")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_trains_in_bf16_with_everything_on_and_resumes(tmp_path):
+    device = torch.device("cuda")
+    run = {"device": "cuda", "dtype": "auto", "checkpoint_blocks": True}
+    config = settings("no-lpips", **FULL, run=run)
+    for steps in (3, 6):
+        config = replace(config, optimizer=replace(config.optimizer, steps=steps))
+        batches = held_batches(config, [frames(10, 1), frames(5, 4)], device)
+        validation = [torch.from_numpy(frames(3, 1, 32))]
+        trainer = Trainer(config, batches, tmp_path, device=device, validation=validation)
+        trainer.begin(resume=True)
+        trainer.run()
+    assert trainer.learner.model.compute_dtype == torch.bfloat16
+    assert len(losses(tmp_path)) == 6

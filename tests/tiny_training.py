@@ -1,0 +1,37 @@
+"""Settings and frames of training runs that take a moment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from tokenizer.train_config import TrainConfig, train_config
+
+TINY = {"preset": "vit-tiny-32-l18", "width": 32, "layers": 1, "heads": 2, "head_width": 64, "max_frames": 3}
+CPU = torch.device("cpu")
+
+
+def settings(recipe: str = "small-cpu", **sections: Any) -> TrainConfig:
+    """A recipe with a tiny model and six steps; sections win over it."""
+    values: dict[str, Any] = {
+        "recipe": recipe,
+        "model": TINY,
+        "optimizer": {"steps": 6, "batch_images": 4, "batch_clips": 2, "warmup_steps": 2, "learning_rate": 1e-3,
+                      "per_sample": False},
+        "discriminator": {"channels": 4, "max_channels": 8},
+        "run": {"device": "cpu", "dtype": "float32", "log_every": 1, "save_every": 2, "picture_every": 100,
+                "validate_every": 100},
+    }  # fmt: skip
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
+    return train_config(values)
+
+
+def frames(num: int, num_frames: int, size: int = 40, seed: int = 0) -> np.ndarray[Any, Any]:
+    """Smooth colours that move, uint8 [N, T, size, size, 3]."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(num * num_frames, 3, 4, 4, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear")
+    return (smooth * 255).to(torch.uint8).permute(0, 2, 3, 1).reshape(num, num_frames, size, size, 3).numpy()
