@@ -198,9 +198,13 @@ def tensorboard_observers(folder: Path, tell: Callable[[str], None]) -> list[Obs
     except ImportError:
         tell("TensorBoard is not installed; the numbers are in log.jsonl alone (pip install tensorboard).")
         return []
-    writer: Any = SummaryWriter(str(folder / "tensorboard"))
+    writer: Any = None
 
     def observe(report: TrainReport) -> None:
+        nonlocal writer
+        if writer is None:
+            # What an interrupted run wrote after its last state is dropped: it is done again.
+            writer = SummaryWriter(str(folder / "tensorboard"), purge_step=report.step)
         for name, value in report.values.items():
             writer.add_scalar(name, value, report.step)
         if report.picture is not None:

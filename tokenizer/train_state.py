@@ -60,7 +60,8 @@ def save_state(path: Path, state: TrainState, *, keep: int) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
-    for old in find_states(path.parent)[:-keep]:
+    # A run that was killed while it wrote leaves its temporary file.
+    for old in (*find_states(path.parent)[:-keep], *path.parent.glob(".state-*.tmp")):
         old.unlink(missing_ok=True)
 
 

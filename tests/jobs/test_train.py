@@ -170,6 +170,16 @@ def test_lines_are_few_without_a_terminal_and_tell_the_time_left():
     assert "step 1 of 100: loss 1, psnr 20, 1 min 39 s left" in lines[0] and "dead" in lines[1]
 
 
+def test_tensorboard_gets_the_numbers_and_pictures_where_it_is_installed(tmp_path, small_shards):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(write_config(tmp_path, small_shards), stream=io.StringIO())
+    events = accumulators.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    names = {"loss", "psnr", "grad_norm", "code_usage", "samples_per_second", "channel_bits/17", "val_psnr"}
+    assert names <= set(events.Tags()["scalars"]) and events.Tags()["images"] == ["reconstructions"]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(tmp_path / "run"))
+
+
 def test_pictures_are_png_files_that_others_read(tmp_path):
     generator = np.random.default_rng(0)
     pictures = list(generator.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8))

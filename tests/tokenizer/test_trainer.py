@@ -113,6 +113,8 @@ def test_a_folder_with_a_run_is_refused_without_resume_and_with_other_settings(t
 
 
 def test_only_the_last_states_are_kept_and_a_damaged_one_is_named(tmp_path):
+    (tmp_path / "states").mkdir()
+    (tmp_path / "states" / ".state-00000003.safetensors.tmp").write_bytes(b"of a run that was killed")
     train(settings(run={"save_every": 1, "keep_last": 2}), tmp_path)
     kept = find_states(tmp_path / "states")
     assert [path.name for path in kept] == ["state-00000005.safetensors", "state-00000006.safetensors"]
