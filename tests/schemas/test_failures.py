@@ -8,12 +8,13 @@ import pyarrow.parquet as pq
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.parquet import read_parquet
 from schemas.errors import LabelNotInteger, MediaTruncated, TarTruncated
 from schemas.failures import FAILURE_SCHEMA, MAX_MESSAGE_CHARS, Failure, serialise_failures
 
 
 def read(data: bytes) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = pq.read_table(io.BytesIO(data)).to_pylist()
+    rows: list[dict[str, object]] = read_parquet(data).to_pylist()
     return rows
 
 

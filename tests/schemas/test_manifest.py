@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
-
-import pyarrow.parquet as pq
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.parquet import read_parquet
 from schemas.ledger import Commit, FileRecord, SourceRecord
 from schemas.manifest import MANIFEST_SCHEMA, ManifestSummary, manifest_table, serialise_manifest
 
@@ -50,7 +48,7 @@ def test_first_row_is_the_running_sum_of_rows(rows: list[int]):
 
 def test_a_manifest_reads_back_with_all_that_the_records_say():
     table = manifest_table([(commit(0), "a.tar", 0), (commit(1, failures=True), "b.tar", 1)])
-    read = pq.read_table(io.BytesIO(serialise_manifest(table)))
+    read = read_parquet(serialise_manifest(table))
     assert read.equals(table)
     first, second = read.to_pylist()
     assert first["failures_file"] is None

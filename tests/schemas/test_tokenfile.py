@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.parquet import read_parquet
 from schemas.errors import BsqError
 from schemas.tokenfile import (
     ROW_GROUP_BYTES,
@@ -230,7 +231,7 @@ def test_required_columns_hold_no_null():
 def test_an_empty_shard_makes_a_file_without_rows():
     encoded = serialise_token_file(token_table([]), FOOTER)
     assert encoded.row_groups == encoded.tokens_offset == []
-    assert pq.read_table(io.BytesIO(encoded.data)).num_rows == 0
+    assert read_parquet(encoded.data).num_rows == 0
 
 
 @pytest.mark.parametrize("frames", [[1] * 2100, [1 + row % 5 for row in range(2100)]], ids=["images", "clips"])
@@ -248,7 +249,7 @@ def test_rows_read_at_byte_offsets_are_those_that_parquet_reads(frames):
             place += 4 + length
             row += 1
     assert row == len(tokens)
-    assert pq.read_table(io.BytesIO(encoded.data))["tokens"].to_pylist() == tokens
+    assert read_parquet(encoded.data)["tokens"].to_pylist() == tokens
 
 
 def test_views_of_a_clip_share_a_row_group():
@@ -281,7 +282,7 @@ def test_page_checksums_catch_a_flipped_bit():
     damaged = bytearray(encoded.data)
     damaged[encoded.tokens_offset[0] + 100] ^= 4
     with pytest.raises(OSError, match="CRC"):
-        pq.read_table(io.BytesIO(bytes(damaged)), page_checksum_verification=True)
+        read_parquet(bytes(damaged), check_pages=True)
 
 
 class PageHeader:
