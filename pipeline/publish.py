@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import time
 from datetime import UTC, datetime
-from io import BytesIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from pipeline.parquet import PARQUET_ERRORS, open_parquet, read_parquet
 from pipeline.rows import ShardRows, rows_to_table
 from pipeline.steps import reached
 from pipeline.storage import Storage
@@ -111,10 +110,10 @@ def find_published(
         if token_file_name(shard, sha256) != name:
             continue
         try:
-            file = pq.ParquetFile(BytesIO(data))
+            file = open_parquet(data)
             footer = TokenFooter.from_metadata(file.metadata.metadata)
-            table = file.read()
-        except (BsqError, pa.ArrowException, OSError):
+            table = file.read(use_threads=False)
+        except (BsqError, *PARQUET_ERRORS):
             continue
         expected = (job.fingerprint, shard, 0, source_bytes, source_etag)
         if (footer.fingerprint, footer.shard, footer.part, footer.source_bytes, footer.source_etag) != expected:
@@ -127,7 +126,7 @@ def find_published(
             failure_data = storage.read_bytes(failures_name)
             if hashlib.sha256(failure_data).hexdigest() != footer.failures_sha256:
                 continue
-            severities = pq.read_table(BytesIO(failure_data), columns=["severity"])["severity"].to_pylist()
+            severities = read_parquet(failure_data, ["severity"])["severity"].to_pylist()
             warnings = severities.count("warning")
             failures = FileRecord(file=failures_name, bytes=len(failure_data), sha256=footer.failures_sha256)
         num_positions = pc.count_distinct(table["position"]).as_py()
