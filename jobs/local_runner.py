@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, Literal
@@ -112,6 +112,8 @@ def _blocking_interrupts() -> Iterator[None]:
     """Let a process that is started meanwhile never hear of Ctrl-C, not even while it imports.
 
     It reaches the whole process group; the driver decides what it means for its workers."""
+    # The first child brings a tracker along, whose start unblocks the signal again.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

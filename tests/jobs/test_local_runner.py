@@ -16,31 +16,32 @@ from tests.tiny_corpus import BSQ, RunBsq, bsq_environment
 PATIENCE_SECONDS = 60.0
 
 
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
 @pytest.fixture
-def job(small_shards: list[Path], tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A job with two workers in a process group of its own, as a shell would start it."""
-    arguments = [
-        "tokenize",
-        *map(str, small_shards),
-        "--out",
-        str(tmp_path / "out"),
-        "--tokenizer",
-        "stub",
-        "--size",
-        "64",
-    ]
-    process = subprocess.Popen(
-        [*BSQ, *arguments, "--no-ray", "--workers", "2"],
-        env=bsq_environment({"BSQTOK_HOLD_AT": f"before_tokens:{tmp_path}"}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    yield process
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+def start(small_shards: list[Path], tmp_path: Path) -> Iterator[Start]:
+    """Begin a job with two workers in a process group of its own, as a shell would."""
+    jobs: list[subprocess.Popen[str]] = []
+
+    def begin(hold_at: str = "") -> subprocess.Popen[str]:
+        settings = ["--out", str(tmp_path / "out"), "--tokenizer", "stub", "--size", "64", "--no-ray", "--workers", "2"]
+        job = subprocess.Popen(
+            [*BSQ, "tokenize", *map(str, small_shards), *settings],
+            env=bsq_environment({"BSQTOK_HOLD_AT": f"{hold_at}:{tmp_path}"}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        jobs.append(job)
+        return job
+
+    yield begin
+    for job in jobs:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+        job.communicate()
 
 
 def children(pid: int) -> set[int]:
@@ -68,8 +69,9 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def test_control_c_while_workers_start_ends_the_job_without_a_traceback(
-    job: subprocess.Popen[str], tmp_path: Path, bsq: RunBsq
+    start: Start, tmp_path: Path, bsq: RunBsq
 ) -> None:
+    job = start()
     wait_until(lambda: len(children(job.pid)) == 2)
     workers = children(job.pid)
     # A terminal sends it to every process of the group.
@@ -83,7 +85,8 @@ def test_control_c_while_workers_start_ends_the_job_without_a_traceback(
     assert bsq("resume", tmp_path / "out", "--in-process").returncode == 0
 
 
-def test_workers_end_when_their_driver_is_killed(job: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_workers_end_when_their_driver_is_killed(start: Start, tmp_path: Path) -> None:
+    job = start("before_tokens")
     wait_until(lambda: len(list(tmp_path.glob("before_tokens.*"))) == 2)
     workers = children(job.pid)
     assert len(workers) == 2
