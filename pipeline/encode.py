@@ -210,11 +210,9 @@ def open_encoder(
 def cut_tokens(packed_O: npt.NDArray[np.uint8], num_tokens: int, bits: int) -> bytes:
     """The first `num_tokens` of a row of packed tokens, spare bits of the last byte cleared."""
     num_bytes = packed_size(num_tokens, bits)
-    cut = bytearray(packed_O[:num_bytes].tobytes())
+    tokens = packed_O[:num_bytes].tobytes()
     spare = num_bytes * 8 - num_tokens * bits
-    if spare:
-        cut[-1] &= 0xFF >> spare
-    return bytes(cut)
+    return tokens if not spare else tokens[:-1] + bytes([tokens[-1] & 0xFF >> spare])
 
 
 def arithmetic_id(value: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -98,16 +98,16 @@ class ShardRows:
         with self._lock:
             self._in_flight += 1
 
-    def release(self) -> bool:
-        """Count one thing less; True for the call that completes the shard."""
+    def release(self, count: int = 1) -> bool:
+        """Count so many things less; True for the call that completes the shard."""
         with self._lock:
-            self._in_flight -= 1
+            self._in_flight -= count
             return self._in_flight == 0
 
-    def add_row(self, row: Row) -> None:
-        """Take an encoded row."""
+    def add_rows(self, rows: Iterable[Row]) -> None:
+        """Take encoded rows."""
         with self._lock:
-            self.rows.append(row)
+            self.rows.extend(rows)
 
     def add_seconds(self, *, decode: float = 0.0, encode: float = 0.0) -> None:
         with self._lock:

@@ -21,6 +21,7 @@ from pipeline.byte_stream import ShardStream, open_shard
 from pipeline.decode import Decoder
 from pipeline.encode import Encoder, PendingBatch, arithmetic_id, batch_shapes, cut_tokens, open_encoder
 from pipeline.group import group_samples
+from pipeline.media import media_kind_of_extension
 from pipeline.messages import (
     Activity,
     Assignment,
@@ -33,9 +34,9 @@ from pipeline.messages import (
 )
 from pipeline.publish import find_published, publish_shard
 from pipeline.queues import POLL_SECONDS, ByteQueue, Stopped
-from pipeline.rows import Row, ShardRows
+from pipeline.rows import Row, ShardRows, rows_to_table
 from pipeline.sample import ClipView, Sample
-from pipeline.sidecars import read_sidecars
+from pipeline.sidecars import Sidecars, read_sidecars
 from pipeline.storage import Storage
 from pipeline.tar import read_members
 from schemas.errors import (
@@ -52,6 +53,9 @@ log = logging.getLogger("bsqtok.worker")
 
 # Slots of each kind of batch beyond those that the encode lanes hold: one being filled, one waiting.
 SPARE_SLOTS = 2
+CHUNK_SAMPLES = 32
+CHUNK_BYTES = 4 << 20
+"""What a decoder takes at a time: so many pictures, or about so many bytes of them."""
 
 
 class ShardWorker:
@@ -82,7 +86,9 @@ class ShardWorker:
         self._draining = threading.Event()
         self._num_shards_reading_ended = 0
         self._inbox: ByteQueue[Assignment] = ByteQueue(1 << 30, self._stop)
-        self._samples: ByteQueue[tuple[Sample, ShardRows]] = ByteQueue(setup.decode_bytes, self._stop)
+        self._samples: ByteQueue[tuple[list[Sample], ShardRows]] = ByteQueue(setup.decode_bytes, self._stop)
+        # A chunk is at most a small part of what may wait, so that one more of them hardly passes the bound.
+        self._chunk_bytes = min(CHUNK_BYTES, setup.decode_bytes // 8)
         self._complete: ByteQueue[ShardRows] = ByteQueue(1 << 30, self._stop)
         self._outbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._batcher = Batcher(
@@ -92,13 +98,15 @@ class ShardWorker:
             pin=self._encoder.pin,
             stop=self._stop,
         )
+        # pyarrow looks for pandas when it makes its first array: better now than between two shards.
+        rows_to_table([], spec.carry)
         self._counts = threading.Lock()
         self._reader_waits = True
         self._num_undecoded = 0
         self._progress = self._num_rows = self._num_tokens = self._num_samples = 0
         self._num_shards_open = 0
         self._stream: ShardStream | None = None
-        self._activities: dict[str, Activity] = {}
+        self._activities: dict[str, tuple[str, int, str]] = {}
         self._began = time.monotonic()
         self._num_decoders = max(1, setup.num_cpus)
         self._threads = [self._thread("read", self._read_shards), self._thread("write", self._write_shards)]
@@ -139,7 +147,7 @@ class ShardWorker:
                 decode_wait_seconds=self._batcher.decode_wait_seconds,
                 num_decoders=self._num_decoders,
                 waiting_bytes=self._samples.num_bytes,
-                activities=dict(self._activities),
+                activities={name: Activity(*doing) for name, doing in list(self._activities.items())},
             )
 
     def stop(self, timeout_seconds: float = 10.0) -> None:
@@ -168,7 +176,7 @@ class ShardWorker:
             if self._draining.is_set():
                 raise Stopped
             self._reader_waits = False
-            self._activities["read"] = Activity("read", assignment.shard, "")
+            self._activities["read"] = ("read", assignment.shard, "")
             shard = ShardRows(shard=assignment.shard, attempt=assignment.attempt, url=assignment.url)
             try:
                 if not self._adopt(assignment):
@@ -191,6 +199,8 @@ class ShardWorker:
             shard.source_bytes, shard.source_etag = stream.size, stream.etag
             self._stream = stream
             samples = group_samples(read_members(stream, spec.limits), spec.limits)
+            chunk: list[Sample] = []
+            chunk_bytes = 0
             while True:
                 try:
                     sample = next(samples, None)
@@ -204,23 +214,33 @@ class ShardWorker:
                 if self._draining.is_set():
                     shard.aborted = True
                     raise Stopped
-                shard.seconds.read += time.monotonic() - began
                 shard.num_samples += 1
-                self._hand_on(sample, shard)
-                began = time.monotonic()
+                if sample.failure is not None:
+                    shard.fail_sample(sample, sample.failure)
+                    continue
+                chunk.append(sample)
+                chunk_bytes += sample.num_bytes
+                # Pictures go on by the handful: what is done for each in Python then finds its code in the cache,
+                # which decoding sweeps clean.  A decoder that waits gets what there is.
+                is_full = len(chunk) == CHUNK_SAMPLES or chunk_bytes >= self._chunk_bytes
+                if is_full or len(self._samples) < self._num_decoders or _is_video(sample):
+                    shard.seconds.read += time.monotonic() - began
+                    self._hand_on(chunk, chunk_bytes, shard)
+                    chunk, chunk_bytes = [], 0
+                    began = time.monotonic()
         shard.seconds.read += time.monotonic() - began
+        self._hand_on(chunk, chunk_bytes, shard)
         with self._counts:
             self._num_shards_reading_ended += 1
         self._release(shard)
 
-    def _hand_on(self, sample: Sample, shard: ShardRows) -> None:
-        if sample.failure is not None:
-            shard.fail_sample(sample, sample.failure)
+    def _hand_on(self, samples: list[Sample], num_bytes: int, shard: ShardRows) -> None:
+        if not samples:
             return
         shard.hold()
         with self._counts:
             self._num_undecoded += 1
-        self._samples.put((sample, shard), sample.num_bytes)
+        self._samples.put((samples, shard), num_bytes)
 
     def _adopt(self, assignment: Assignment) -> bool:
         if not assignment.adopt:
@@ -245,30 +265,30 @@ class ShardWorker:
 
     def _decode_samples(self) -> None:
         name = threading.current_thread().name
+        spec = self._setup.job.spec
         while True:
             self._activities.pop(name, None)
-            sample, shard = self._samples.get()
-            self._activities[name] = Activity("decode", shard.shard, sample.key)
+            samples, shard = self._samples.get()
             if not shard.aborted:
-                self._decode_sample(sample, shard)
+                sidecars = [read_sidecars(sample.members, spec.carry, spec.limits) for sample in samples]
+                for sample, carried in zip(samples, sidecars, strict=True):
+                    self._activities[name] = ("decode", shard.shard, sample.key)
+                    self._decode_sample(sample, carried, shard)
             with self._counts:
                 self._num_undecoded -= 1
-                self._num_samples += 1
-                self._progress += 1
+                self._num_samples += len(samples)
                 dry = self._num_undecoded == 0
             if dry:
                 self._batcher.wake()
             self._release(shard)
 
-    def _decode_sample(self, sample: Sample, shard: ShardRows) -> None:
+    def _decode_sample(self, sample: Sample, sidecars: Sidecars, shard: ShardRows) -> None:
         assert sample.media is not None
-        spec = self._setup.job.spec
         seconds, num_views = 0.0, 0
         try:
-            began = time.monotonic()
-            sidecars = read_sidecars(sample.members, spec.carry, spec.limits)
             for warning in sidecars.warnings:
                 shard.fail_sample(sample, warning)
+            began = time.monotonic()
             views = self._decoder.views(sample.key, sample.media)
             while (view := next(views, None)) is not None:
                 seconds += time.monotonic() - began
@@ -286,6 +306,8 @@ class ShardWorker:
             log.exception("decoding %s of shard %d (%s)", sample.key, shard.shard, shard.url)
             shard.fail_sample(sample, MediaCorrupt(f"the decoder gave up: {type(error).__name__}: {error}"))
         shard.add_seconds(decode=seconds)
+        # Without the lock: a lost count does no harm, the number only has to grow.
+        self._progress += 1
 
     def _hand_to_batch(self, sample: Sample, shard: ShardRows, row: Row, view: ClipView) -> None:
         for warning in view.warnings:
@@ -310,7 +332,7 @@ class ShardWorker:
                 continue
             batch = self._batcher.take(self._is_idle)
             row = batch.rows[0]
-            self._activities[name] = Activity("encode", row.shard.shard, row.key)
+            self._activities[name] = ("encode", row.shard.shard, row.key)
             began = time.monotonic()
             submitted.append((batch, self._encoder.submit(batch.frames_BTCHW, len(batch.rows)), began))
 
@@ -321,34 +343,37 @@ class ShardWorker:
         rows = batch.rows
         self._batcher.give_back(batch)
         share = (time.monotonic() - began) / len(rows)
+        rows_of_shard: dict[int, list[Row]] = {}
         num_tokens = 0
         for number, row in enumerate(rows):
+            rows_of_shard.setdefault(id(row.shard), []).append(row)
             num_row_tokens = row.num_frames * tokens_per_frame
             num_tokens += num_row_tokens
             if encoded.finite[number]:
                 row.tokens = cut_tokens(encoded.packed[number], num_row_tokens, job.tokenizer.bits)
-                row.shard.add_row(row)
             else:
                 row.shard.fail_row(row, NonFiniteLatents("NaN or infinity came out of the encoder."))
-            row.shard.add_seconds(encode=share)
         with self._counts:
             self._num_rows += len(rows)
             self._num_tokens += num_tokens
             self._progress += 1
-        for row in rows:
-            self._release(row.shard)
+        for finished in rows_of_shard.values():
+            shard = finished[0].shard
+            shard.add_rows([row for row in finished if row.tokens])
+            shard.add_seconds(encode=share * len(finished))
+            self._release(shard, len(finished))
 
     # ---- writer
 
-    def _release(self, shard: ShardRows) -> None:
-        if shard.release() and not shard.aborted:
+    def _release(self, shard: ShardRows, count: int = 1) -> None:
+        if shard.release(count) and not shard.aborted:
             self._complete.put(shard, 1)
 
     def _write_shards(self) -> None:
         while True:
             self._activities.pop("write", None)
             shard = self._complete.get()
-            self._activities["write"] = Activity("write", shard.shard, "")
+            self._activities["write"] = ("write", shard.shard, "")
             value = self._encoder.arithmetic()
             commit = publish_shard(
                 self._storage, self._setup.job, shard, arithmetic=arithmetic_id(value), worker=self._setup.name
@@ -384,3 +409,8 @@ class ShardWorker:
                 self._post(WorkerBroken(failed, stops_job=False))
 
         return threading.Thread(target=run, name=name, daemon=True)
+
+
+def _is_video(sample: Sample) -> bool:
+    """Whether decoding may take long, by the name alone; the content is the decoder's to look at."""
+    return sample.media is not None and media_kind_of_extension(sample.media.name.rpartition("/")[2]) == "video"

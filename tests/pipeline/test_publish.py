@@ -60,7 +60,7 @@ def finished_shard(*, failures: bool = True, number: int = 1042, rows: int = 3) 
             frame_times=None,
             tokens=bytes([position]) * (2 * num_frames * TOKENS_OF_A_FRAME),
         )
-        shard.add_row(row)
+        shard.add_rows([row])
     if failures:
         media = Member("bad.jpg", "file", 10, 4096, b"")
         shard.fail_sample(Sample(rows, "bad", {}, media), MediaCorrupt("a bit is wrong."))

@@ -64,7 +64,7 @@ def test_rows_come_out_in_source_order_whatever_order_they_were_finished_in(
     finished = sorted(places)
     random.Random(seed).shuffle(finished)
     for place in finished:
-        shard.add_row(row(shard, *place))
+        shard.add_rows([row(shard, *place)])
     assert [(item.position, item.clip, item.view) for item in shard.ordered_rows()] == sorted(places)
 
 
@@ -79,7 +79,7 @@ def test_all_views_of_a_clip_are_kept_or_none(bad: set[tuple[int, int, int]], se
         if place in bad:
             shard.fail_row(item, NonFiniteLatents("NaN or infinity came out of the encoder."))
         else:
-            shard.add_row(item)
+            shard.add_rows([item])
     bad_clips = {(position, clip) for position, clip, _ in bad}
     kept = [(item.position, item.clip, item.view) for item in shard.ordered_rows()]
     assert kept == [place for place in sorted(all_places) if place[:2] not in bad_clips]
@@ -135,7 +135,7 @@ def test_the_table_of_a_shard_has_the_same_bytes_whatever_happened_first(
     def table(order: list[tuple[int, int, int]]) -> Any:
         shard = new_shard()
         for place in order:
-            shard.add_row(row(shard, *place))
+            shard.add_rows([row(shard, *place)])
         return rows_to_table(shard.ordered_rows(), ["caption", "label", "metadata"])
 
     shuffled = sorted(places)
@@ -145,7 +145,7 @@ def test_the_table_of_a_shard_has_the_same_bytes_whatever_happened_first(
 
 def test_only_columns_that_are_carried_are_there() -> None:
     shard = new_shard()
-    shard.add_row(row(shard, 0, start=0.5, frame_times=(0.0, 0.125), num_frames=2))
+    shard.add_rows([row(shard, 0, start=0.5, frame_times=(0.0, 0.125), num_frames=2)])
     table = rows_to_table(shard.ordered_rows(), ["label"])
     assert "label" in table.column_names
     assert not {"caption", "metadata"} & set(table.column_names)
