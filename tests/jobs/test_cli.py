@@ -301,8 +301,10 @@ def test_a_reader_that_stops_reading_causes_no_noise():
 
 
 def test_a_signal_while_a_command_runs_leaves_no_traceback(tmp_path):
+    # A shell that starts the tests in the background has them ignore SIGINT, and children inherit that.
     code = (
-        "import sys, time, types, jobs.cli\n"
+        "import signal, sys, time, types, jobs.cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def wait(out, **settings): print('ready', flush=True); time.sleep(60)\n"
         "fake = types.ModuleType('jobs.progress'); fake.read_status = wait\n"
         "sys.modules['jobs.progress'] = fake\n"
