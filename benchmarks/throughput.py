@@ -124,17 +124,19 @@ def model_rate(job: Job, folder: str, batch: int, num_images: int, device: str) 
     size = job.spec.preprocess.size
     frames = torch.randint(0, 256, (batch, 1, 3, size, size), dtype=torch.uint8, pin_memory=encoder.pin)
     encoder.submit(frames, batch).wait()
+    # The same number on every lane: one that ends early would leave its core idle.
+    num_batches = max(1, num_images // batch // encoder.num_lanes) * encoder.num_lanes
 
     def work(lane: int) -> None:
         submitted: deque[PendingBatch] = deque()
-        for _ in range(lane, num_images // batch, encoder.num_lanes):
+        for _ in range(lane, num_batches, encoder.num_lanes):
             submitted.append(encoder.submit(frames, batch))
             if len(submitted) == encoder.depth:
                 submitted.popleft().wait()
         for pending in submitted:
             pending.wait()
 
-    return _timed(work, num_images // batch * batch, encoder.num_lanes)
+    return _timed(work, num_batches * batch, encoder.num_lanes)
 
 
 def job_rate(spec: JobSpec, kind: Any) -> tuple[float, float, float]:
