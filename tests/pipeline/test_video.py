@@ -385,7 +385,8 @@ def test_playlists_and_scripts_open_nothing(name, tmp_path, monkeypatch):
         opened = _files_and_sockets()
         with pytest.raises(MediaUnsupported):
             pick(payload)
-        assert _files_and_sockets() == opened
+        # Fewer is fine: what earlier tests left behind may be collected meanwhile.
+        assert _files_and_sockets() <= opened
         with pytest.raises(TimeoutError):
             listener.accept()
 
