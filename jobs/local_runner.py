@@ -177,7 +177,6 @@ class InProcessRunner:
         self._setups = setups
         self._handles: list[_Local] = []
         self.num_workers = len(setups)
-        self._news = threading.Event()
 
     def start_worker(self, number: int) -> _Local:
         handle = _Local(self._setups[number])
