@@ -12,7 +12,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import jobs.cli
-from jobs.cli import make_spec, run, runner_name, storage_options
+from jobs.cli import run
+from jobs.commands.options import runner_name, storage_options
+from jobs.commands.tokenize import make_spec
 from schemas.errors import LeaseHeld, SpecError
 from schemas.lease import Progress
 
