@@ -26,6 +26,7 @@ from jobs.begin import recognise, resolve, write_beginning
 from jobs.commit import LedgerWriter
 from jobs.finish import is_finished, sweep, write_manifest
 from jobs.lease import HeldLease, take_lease
+from jobs.placement import Placement, find_nodes, find_placement
 from jobs.progress import ProgressMeter
 from jobs.runner import Runner, WorkerHandle
 from pipeline.dataset_files import LedgerState, read_job, read_ledger, read_plan
@@ -58,8 +59,6 @@ MAX_BARREN_DEATHS = 3
 """Deaths of one worker in a row before it came up after which the job stops."""
 DRAIN_SECONDS = 20.0
 WAIT_SECONDS = 0.25
-_GPU_DEVICE_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
-"""Where none of these is, torch would find no GPU; looking spares the driver its import."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +89,10 @@ def start_job(
         raise SpecError("no output is given. Name a folder or URL with --out.")
     if not spec.shards:
         raise SpecError("no shards are given. Name tar files or URLs, such as photos-{000..127}.tar.")
-    beginning = resolve(spec, gpus=_has_gpus(spec.device, ray_address), storage_options=options)
+    gpus = any(node.gpus for node in find_nodes(spec.device, ray_address))
+    beginning = resolve(spec, gpus=gpus, storage_options=options)
+    run = _Execution(spec, runner, ray_address, options)
+    run.place(len(beginning.urls))
     storage = Storage(spec.out, options)
     recognise(storage, beginning)
     with _holding_lease(storage, force=force) as lease:
@@ -99,7 +101,6 @@ def start_job(
         if job is None:
             write_beginning(storage, beginning)
             job = beginning.job
-        run = _Execution(spec, runner, ray_address, options)
         return _run_generation(storage, job, beginning.urls, lease, run, observer)
 
 
@@ -143,6 +144,11 @@ class _Execution:
     kind: RunnerKind
     ray_address: str | None
     storage_options: dict[str, Any]
+
+    def place(self, num_shards: int) -> Placement:
+        """Where the workers for so many shards go.  Raises SpecError when there is no room for them."""
+        uses_ray = self.kind == "ray"
+        return find_placement(self.spec, uses_ray=uses_ray, ray_address=self.ray_address, num_shards=num_shards)
 
     @property
     def resume_command(self) -> str:
@@ -522,17 +528,13 @@ def _holding_lease(storage: Storage, *, force: bool) -> Iterator[HeldLease]:
 
 def _make_runner(storage: Storage, job: Job, execution: _Execution, num_shards: int) -> Runner:
     run = execution.spec.run
-    gpus = _count_gpus(execution.spec.device, execution.ray_address)
-    num_workers = min(run.workers or gpus or 1, num_shards)
-    if gpus and num_workers > gpus:
-        raise SpecError(f"{num_workers} workers were asked for, but there are {gpus} GPUs. Ask for {gpus} or fewer.")
+    placement = execution.place(num_shards)
+    gpus, num_cpus = placement.gpus, placement.cpus_per_worker
     if not gpus and job.spec.dtype == "bfloat16" and execution.spec.device != "cpu":
         raise SpecError(
             "the job computes in bfloat16 on GPUs, and there is no GPU here. Go on with it where there is one, or "
             "begin another with dtype: float32 in another folder."
         )
-    cpus = _count_cpus(execution.ray_address)
-    num_cpus = run.cpus_per_worker or max(1, cpus // max(1, num_workers))
     setups = [
         WorkerSetup(
             name=f"{'gpu' if gpus else 'cpu'}{number}",
@@ -544,7 +546,7 @@ def _make_runner(storage: Storage, job: Job, execution: _Execution, num_shards: 
             device=_device_of(number, gpus, execution.kind),
             storage_options=execution.storage_options,
         )
-        for number in range(num_workers)
+        for number in range(placement.workers)
     ]
     if execution.kind == "ray":
         from jobs.ray_runner import RayRunner
@@ -571,38 +573,6 @@ def _device_of(number: int, gpus: int, kind: RunnerKind) -> str:
         return "cpu"
     # Ray shows an actor only its own GPU; children of this process see all of them.
     return "cuda" if kind == "ray" else f"cuda:{number}"
-
-
-def _has_gpus(device: str, ray_address: str | None) -> bool:
-    return _count_gpus(device, ray_address) > 0
-
-
-def _count_gpus(device: str, ray_address: str | None) -> int:
-    if device == "cpu":
-        return 0
-    if ray_address is not None:
-        from jobs.ray_runner import cluster_resource, connect_ray
-
-        connect_ray(ray_address)
-        count = int(cluster_resource("GPU"))
-    elif any(Path(path).exists() for path in _GPU_DEVICE_FILES):
-        import torch
-
-        count = torch.cuda.device_count()
-    else:
-        count = 0
-    if device == "cuda" and not count:
-        raise SpecError("device is cuda, but there is no GPU here. Use device: cpu, or a cluster that has one.")
-    return count
-
-
-def _count_cpus(ray_address: str | None) -> int:
-    if ray_address is not None:
-        from jobs.ray_runner import cluster_resource, connect_ray
-
-        connect_ray(ray_address)
-        return int(cluster_resource("CPU"))
-    return len(os.sched_getaffinity(0))
 
 
 def _now() -> str:

@@ -12,6 +12,7 @@ import socket
 from typing import Any
 
 from jobs.local_runner import DRAIN_SECONDS, HEARTBEAT_SECONDS, log_to
+from jobs.placement import host_cpus
 from pipeline.messages import Assignment, Heartbeat, Message, WorkerBroken, WorkerSetup
 from pipeline.worker import ShardWorker
 from schemas.errors import BsqError, SpecError
@@ -66,19 +67,12 @@ class RayRunner:
     def __init__(
         self, setups: list[WorkerSetup], log_path: str, *, address: str | None, num_gpus: float, num_cpus: int
     ) -> None:
-        """Raises SpecError in one line when the cluster cannot be reached or can never place one actor."""
+        """Raises SpecError in one line when the cluster cannot be reached."""
         self._setups = setups
         self._log_path = log_path
         self.num_workers = len(setups)
         self._handles: dict[int, _Actor] = {}
         connect_ray(address)
-        have_gpus, have_cpus = cluster_resource("GPU"), cluster_resource("CPU")
-        if have_gpus < num_gpus * self.num_workers or have_cpus < num_cpus * self.num_workers:
-            self.close()
-            raise SpecError(
-                f"{self.num_workers} workers of {num_gpus:g} GPU and {num_cpus} CPU each were asked for, but the Ray "
-                f"cluster has {have_gpus:g} GPU and {have_cpus:g} CPU. Ask for fewer workers or --cpus-per-worker."
-            )
         self._options = {
             "num_cpus": num_cpus,
             "num_gpus": num_gpus,
@@ -161,10 +155,11 @@ class _Actor:
         self.polling = None
 
 
-def cluster_resource(name: str) -> float:
-    """How much of "CPU" or "GPU" the cluster has in all."""
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return resources.get(name, 0.0)
+def cluster_nodes() -> list[tuple[int, int]]:
+    """CPUs and GPUs of every node that is up."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    return [(int(have.get("CPU", 0)), int(have.get("GPU", 0))) for have in resources]
 
 
 def connect_ray(address: str | None) -> None:
@@ -181,6 +176,7 @@ def connect_ray(address: str | None) -> None:
         ray.init(
             address=address or "local",
             include_dashboard=False if address is None else None,
+            num_cpus=host_cpus() if address is None else None,
             log_to_driver=False,
             logging_level=logging.ERROR,
             configure_logging=True,

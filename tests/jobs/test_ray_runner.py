@@ -193,7 +193,7 @@ def test_more_than_the_cluster_has_is_refused_in_one_line(
     assert refused.returncode == 2
     (line,) = refused.stderr.strip().splitlines()
     assert "6 workers of 0 GPU and 1000 CPU each" in line and "Ask for fewer" in line
-    assert not (tmp_path / "out" / "lease.json").exists()
+    assert not (tmp_path / "out").exists(), "nothing was written"
 
 
 def test_a_gpu_where_there_is_none_is_refused_in_one_line(
