@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,8 @@ JOB_NAME = "job.json"
 LEASE_NAME = "lease.json"
 PLAN_SCHEMA = pa.schema([pa.field("shard", pa.int64(), nullable=False), pa.field("url", pa.string(), nullable=False)])
 
-_GENERATION = re.compile(r"^(\d{4,})\.json$")
+GENERATION_FILE = re.compile(r"^(\d{4,})\.json$")
+"""What a generation writes last, under `plan/` when it begins and under `manifest/` when it ends."""
 _LISTINGS = 5
 """Times that a ledger is listed before a segment that vanished counts as lost; each merge costs at most one."""
 
@@ -76,10 +77,10 @@ def read_job(storage: Storage) -> Job | None:
     return job
 
 
-def serialise_plan(urls: list[str], first_shard: int = 0) -> bytes:
-    """The bytes of a plan that numbers `urls` from `first_shard` on."""
-    shards = range(first_shard, first_shard + len(urls))
-    table = pa.Table.from_arrays([pa.array(shards, pa.int64()), pa.array(urls, pa.string())], schema=PLAN_SCHEMA)
+def serialise_plan(urls: Sequence[str], shards: Iterable[int] | None = None) -> bytes:
+    """The bytes of a plan that gives `urls` the numbers `shards`, ascending; left out: from 0 on."""
+    numbers = range(len(urls)) if shards is None else shards
+    table = pa.Table.from_arrays([pa.array(numbers, pa.int64()), pa.array(urls, pa.string())], schema=PLAN_SCHEMA)
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", version="2.6", write_page_checksum=True)
     return sink.getvalue()
@@ -90,12 +91,12 @@ def read_plan(storage: Storage, generation: int) -> pa.Table:
 
     Raises BsqError when the plan is missing or damaged."""
     name = plan_name(generation)
-    return _parse_table(storage, name, _read_required(storage, name), PLAN_SCHEMA)
+    return _parse_table(storage, name, read_required(storage, name), PLAN_SCHEMA)
 
 
 def list_generations(storage: Storage) -> list[int]:
     """Generations that have a manifest, so are finished; ascending, empty where there is none."""
-    return sorted(int(match[1]) for name in storage.list("manifest") if (match := _GENERATION.match(name)))
+    return sorted(int(match[1]) for name in storage.list("manifest") if (match := GENERATION_FILE.match(name)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ def read_manifest(storage: Storage, generation: int | None = None) -> Manifest |
     except FileNotFoundError as error:
         raise BsqError(f"{storage.url}: generation {generation} is not finished, or was never begun.") from error
     name = manifest_table_name(generation)
-    data = _read_required(storage, name)
+    data = read_required(storage, name)
     if hashlib.sha256(data).hexdigest() != summary.manifest_sha256:
         raise BsqError(
             f"{storage.printable(name)}: not the file that {manifest_summary_name(generation)} was written for (its "
@@ -164,6 +165,10 @@ class CommittedParts:
         shard, part = item
         bits = self._bits_of_part.get(part, b"")
         return shard >> 3 < len(bits) and bool(bits[shard >> 3] & 1 << (shard & 7))
+
+    def has_shard(self, shard: int) -> bool:
+        """Whether any part of the shard is in the set."""
+        return any((shard, part) in self for part in self._bits_of_part)
 
     def __len__(self) -> int:
         return self._count
@@ -234,7 +239,7 @@ class LedgerState:
             if record.counts:
                 self.attempts[record.shard] = self.attempts.get(record.shard, 0) + 1
         elif isinstance(record, GivenUp):
-            if (record.shard, 0) not in self.committed:
+            if not self.committed.has_shard(record.shard):
                 self.given_up[record.shard] = record
         else:
             self.arithmetic[record.id] = record.value
@@ -342,7 +347,8 @@ def _read_if_there(storage: Storage, name: str) -> bytes | None:
         return None
 
 
-def _read_required(storage: Storage, name: str) -> bytes:
+def read_required(storage: Storage, name: str) -> bytes:
+    """The bytes of a file that must be there.  Raises BsqError when it is not."""
     data = _read_if_there(storage, name)
     if data is None:
         raise BsqError(f"{storage.printable(name)}: there is no such file. Restore it from a copy.")

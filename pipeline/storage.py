@@ -294,17 +294,6 @@ class Storage:
             return False
         return True
 
-    def rename_local(self, old: str, new: str) -> bool:
-        """Rename on a local disk; return False when `old` is gone, that is, when another process took it."""
-        assert self.is_local, "object stores cannot rename"
-        try:
-            with self._mapping_errors("rename", old):
-                self._local(old).rename(self._local(new))
-                _sync_folder(self._local(new).parent)
-        except FileNotFoundError:
-            return False
-        return True
-
     def sweep_temporaries(self, older_than: float) -> int:
         """Remove temporaries last written before `older_than` (seconds since the epoch); return how many.
 

@@ -37,12 +37,21 @@ def differing_fields(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix:
     """Name the fields in which two fingerprints differ, with both values, for a refusal that a person understands."""
     differences = []
     for name in sorted(set(ours) | set(theirs)):
-        mine, other = ours.get(name, "default"), theirs.get(name, "default")
+        default = _DEFAULTS.get(f"{prefix}{name}", "not set")
+        mine, other = ours.get(name, default), theirs.get(name, default)
         if isinstance(mine, Mapping) and isinstance(other, Mapping):
             differences += differing_fields(mine, other, f"{prefix}{name}.")
         elif mine != other:
             differences.append(f"{prefix}{name}: {_brief(other)} there, {_brief(mine)} asked for")
     return differences
+
+
+_DEFAULTS = {
+    f"{section}.{name}": value
+    for section, spec in (("preprocess", PreprocessSpec()), ("clips", ClipSpec()))
+    for name, value in spec.model_dump(mode="json").items()
+}
+"""What a field that is left out of a fingerprint stands for."""
 
 
 def _brief(value: object) -> str:

@@ -1,8 +1,10 @@
-"""`job.json`: the identity of a dataset.  Written last when a job begins; without it there is nothing yet."""
+"""`job.json`: the identity of a dataset, and `plan/GGGG.json`: what a later generation adds to it.
+
+Each is written last when its job begins; without job.json there is no dataset yet."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -44,3 +46,29 @@ class Job(BaseModel):
     tokenizer: TokenizerRecord
     plan_sha256: str
     created_by: str
+
+
+GenerationKind = Literal["tokenize", "append", "retry", "retry-samples", "retry-damaged"]
+
+
+class GenerationRecord(BaseModel):
+    """What one generation does to the dataset, and with which settings; generation 0 is in job.json instead."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    format: str = "bsqtok"
+    format_version: int = FORMAT_VERSION
+    fingerprint: str
+    generation: int
+    kind: GenerationKind
+    """tokenize: generation 0.  append: shards that were not in the dataset.  retry: shards that failed, whole.
+    retry-samples, retry-damaged: what is missing of committed shards."""
+    spec: JobSpec
+    """Resolved, without credentials.  Fields that change no bits may differ from those of other generations."""
+    plan_sha256: str
+    created_by: str
+
+    @property
+    def part(self) -> int:
+        """The part that a commit of this generation is: 0 for whole shards, else the generation's number."""
+        return self.generation if self.kind in ("retry-samples", "retry-damaged") else 0

@@ -152,6 +152,24 @@ def parse_spec(values: dict[str, Any], *, source: str) -> JobSpec:
         raise SpecError(f"{source}: {_first_problem(error)}") from error
 
 
+def merge_specs(base: JobSpec, asked: JobSpec) -> JobSpec:
+    """Return `base` with those settings of `asked` that were given and not left at their defaults."""
+
+    def merged(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        sections = {name: value for name, value in given.items() if isinstance(value, dict)}
+        return values | given | {name: merged(values[name], section) for name, section in sections.items()}
+
+    return JobSpec.model_validate(merged(base.model_dump(), asked.model_dump(exclude_unset=True)))
+
+
+def selection_differences(before: JobSpec, now: JobSpec) -> list[str]:
+    """Name the settings in which two specs differ that decide which rows exist but not their bits, with both values."""
+    old, new = (spec.model_dump(include={"limits", "damaged_shards"}) for spec in (before, now))
+    pairs = [(f"limits.{name}", old["limits"][name], new["limits"][name]) for name in old["limits"]]
+    pairs.append(("damaged_shards", old["damaged_shards"], new["damaged_shards"]))
+    return [f"{name} is {value}, before it was {previous}" for name, previous, value in pairs if value != previous]
+
+
 def read_spec(path: str | Path) -> dict[str, Any]:
     """Read a job.yaml as a dictionary, to be joined with options and validated by `parse_spec`.
 

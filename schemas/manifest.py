@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Iterable
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -61,10 +64,13 @@ class ManifestSummary(BaseModel):
     fingerprint: str
     generation: int
     files: int
+    parts: int = 0
+    """Those of `files` that hold rows won back later; the others are one for each committed shard."""
     rows: int
     tokens: int
     samples: int
     failed: int
+    """Samples that failed, less those that were won back."""
     warnings: int
     failed_shards: int
     first_failed_shards: list[int]
@@ -89,7 +95,46 @@ def manifest_table(commits: Iterable[tuple[Commit, str, int]]) -> pa.Table:
     # In chunks: a million commits as Python objects would take gigabytes.
     while rows := [_manifest_row(*entry) for entry in itertools.islice(remaining, CHUNK_ROWS)]:
         batches.append(pa.RecordBatch.from_pylist(rows, schema=stored))
-    table = pa.Table.from_batches(batches, schema=stored).sort_by([("shard", "ascending"), ("part", "ascending")])
+    return _ordered(pa.Table.from_batches(batches, schema=stored))
+
+
+def merge_manifests(earlier: pa.Table, added: pa.Table) -> pa.Table:
+    """Join the manifest of the generation before with what a generation added."""
+    return _ordered(pa.concat_tables([earlier, added]).drop_columns("first_row"))
+
+
+@dataclass(frozen=True, slots=True)
+class SampleCounts:
+    """Counts of a dataset of which a shard may have several parts."""
+
+    parts: int
+    samples: int
+    failed: int
+    warnings: int
+    partial_shards: int
+
+
+def latest_parts(table: pa.Table) -> npt.NDArray[np.bool_]:
+    """Which rows of a manifest are the last part of their shard: these alone say what of it failed."""
+    shards = table["shard"].to_numpy()
+    return np.append(shards[1:] != shards[:-1], np.ones(min(1, len(shards)), np.bool_))
+
+
+def count_samples(table: pa.Table) -> SampleCounts:
+    """Add up what the last part of each shard says of it."""
+    latest = table.filter(pa.array(latest_parts(table)))
+    return SampleCounts(
+        parts=len(table) - len(latest),
+        samples=pc.sum(latest["samples"]).as_py() or 0,
+        failed=pc.sum(latest["failed"]).as_py() or 0,
+        warnings=pc.sum(latest["warnings"]).as_py() or 0,
+        partial_shards=pc.sum(latest["partial"]).as_py() or 0,
+    )
+
+
+def _ordered(table: pa.Table) -> pa.Table:
+    """The table by (shard, part), with `first_row`."""
+    table = table.sort_by([("shard", "ascending"), ("part", "ascending")])
     rows_so_far = pc.cumulative_sum(table["rows"])
     first_row = pc.subtract(rows_so_far, table["rows"])
     position = MANIFEST_SCHEMA.get_field_index("first_row")

@@ -222,7 +222,7 @@ def test_a_lost_segment_is_an_error_not_a_shorter_dataset(storage):
 
 
 def test_a_plan_reads_back(storage):
-    storage.publish(plan_name(3), serialise_plan(["a.tar", "b.tar"], first_shard=10))
+    storage.publish(plan_name(3), serialise_plan(["a.tar", "b.tar"], [10, 11]))
     assert read_plan(storage, 3).to_pydict() == {"shard": [10, 11], "url": ["a.tar", "b.tar"]}
 
 

@@ -213,13 +213,6 @@ def test_old_temporaries_are_swept_and_nothing_else(tmp_path):
     assert storage.sweep_temporaries(older_than=0) == 0
 
 
-def test_renaming_what_another_took_first_says_no(tmp_path):
-    storage = Storage(str(tmp_path))
-    storage.publish("lease.json", b"1")
-    assert storage.rename_local("lease.json", "lease.old")
-    assert not storage.rename_local("lease.json", "lease.old2")
-
-
 def test_a_full_disk_leaves_no_partial_file(tmp_path):
     """A limit on file size stands in for a full disk: the same write fails half-way."""
     program = """

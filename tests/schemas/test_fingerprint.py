@@ -96,8 +96,8 @@ def test_a_refusal_names_the_fields_that_differ_with_both_values():
     ours = fingerprint_fields(resolved({"preprocess": {"filter": "bicubic"}}), TOKENIZER, WEIGHTS)
     theirs = fingerprint_fields(resolved({"clips": {"fps": 4}}), TOKENIZER | {"image_size": 64}, "f" * 64)
     assert differing_fields(ours, theirs) == [
-        "clips.fps: 4.0 there, default asked for",
-        "preprocess.filter: default there, bicubic asked for",
+        "clips.fps: 4.0 there, 8.0 asked for",
+        "preprocess.filter: lanczos there, bicubic asked for",
         "tokenizer.image_size: 64 there, 128 asked for",
         "weight_sha256: ffffffffffff… there, 0123456789ab… asked for",
     ]

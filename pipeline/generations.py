@@ -1,0 +1,86 @@
+"""Generations: the first run of a dataset, and every later one that adds shards or wins back what had failed.
+
+A generation has a plan of its own, a ledger of its own, and in the end a manifest that lists everything valid then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import ValidationError
+
+from pipeline.dataset_files import GENERATION_FILE, read_plan, read_required
+from pipeline.storage import Storage
+from schemas.errors import BsqError
+from schemas.job import GenerationRecord, Job
+
+
+def generation_name(generation: int) -> str:
+    """What a generation above 0 does, written last when it begins: `plan/0001.json`."""
+    return f"plan/{generation:04d}.json"
+
+
+def list_begun(storage: Storage) -> list[int]:
+    """Generations that were begun, ascending: 0, and those that wrote down what they do."""
+    return [0, *sorted(int(match[1]) for name in storage.list("plan") if (match := GENERATION_FILE.match(name)))]
+
+
+def read_generation(storage: Storage, job: Job, generation: int) -> GenerationRecord:
+    """What a generation that was begun does.  Raises BsqError when its record is missing or damaged."""
+    if generation == 0:
+        return GenerationRecord(
+            fingerprint=job.fingerprint,
+            generation=0,
+            kind="tokenize",
+            spec=job.spec,
+            plan_sha256=job.plan_sha256,
+            created_by=job.created_by,
+        )
+    name = generation_name(generation)
+    try:
+        record = GenerationRecord.model_validate_json(read_required(storage, name))
+    except ValidationError as error:
+        raise BsqError(f"{storage.printable(name)}: no generation of bsqtok. Restore it from a copy.") from error
+    if (record.fingerprint, record.generation) != (job.fingerprint, generation):
+        raise BsqError(f"{storage.printable(name)}: belongs to another dataset or generation. Restore it from a copy.")
+    return record
+
+
+class Plan:
+    """The shards of one or several plans by number; where a shard stands in several, the later plan counts."""
+
+    def __init__(self, tables: Sequence[pa.Table]) -> None:
+        numbers = np.concatenate([np.zeros(0, np.int64), *(table["shard"].to_numpy() for table in tables)])
+        order = np.argsort(numbers, kind="stable")
+        last = np.append(numbers[order][1:] != numbers[order][:-1], np.ones(min(1, len(order)), np.bool_))
+        self._places = order[last]
+        self.shards: npt.NDArray[np.int64] = numbers[self._places]
+        """Ascending, each once."""
+        self._urls = pa.chunked_array([chunk for table in tables for chunk in table["url"].chunks], pa.string())
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __contains__(self, shard: int) -> bool:
+        return self._place(shard) is not None
+
+    def url(self, shard: int) -> str:
+        """The URL of a shard, without credentials; empty where the shard is in no plan."""
+        place = self._place(shard)
+        return "" if place is None else str(self._urls[place].as_py())
+
+    def urls(self) -> list[str]:
+        """The URLs of all shards, in the order of `shards`."""
+        urls: list[str] = self._urls.take(pa.array(self._places)).to_pylist()
+        return urls
+
+    def _place(self, shard: int) -> int | None:
+        place = int(np.searchsorted(self.shards, shard))
+        return int(self._places[place]) if place < len(self.shards) and self.shards[place] == shard else None
+
+
+def read_plans(storage: Storage, generations: Iterable[int]) -> Plan:
+    """The plans of several generations as one.  Raises BsqError when one is missing or damaged."""
+    return Plan([read_plan(storage, generation) for generation in generations])
