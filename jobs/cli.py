@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.commands import app, demo, look, model, tokenize  # noqa: F401 - importing a module adds its commands
+from jobs.commands import app, cluster, demo, look, model, tokenize  # noqa: F401 - importing a module adds its commands
 from jobs.commands.options import switch
 from schemas.errors import BsqError
 

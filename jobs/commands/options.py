@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -79,7 +80,7 @@ StorageOptions = Annotated[
         "--storage-option",
         metavar="KEY=VALUE",
         help="Pass a setting to the storage, such as anon=true or client_kwargs.endpoint_url=https://...; repeatable. "
-        "Left out: the storage's own defaults.",
+        "@FILE reads them from a file, one a line. Left out: the storage's own defaults.",
         rich_help_panel=RUNNING,
         show_default=False,
     ),
@@ -100,12 +101,29 @@ def storage_options(pairs: Sequence[str]) -> dict[str, Any] | None:
 
     Values are text, so that a secret of digits stays whole, except true, false, and {...} and [...] as in YAML."""
     options: dict[str, Any] = {}
-    for pair in pairs:
+    for pair in storage_pairs(pairs):
         path, text = split_pair("--storage-option", pair)
         structured = text in ("true", "false") or text.startswith(("{", "["))
         value = parse_yaml(f"--storage-option {path}", text) if structured else text
         assign("--storage-option", options, path, value)
     return options or None
+
+
+def storage_pairs(pairs: Sequence[str]) -> list[str]:
+    """The KEY=VALUE pairs, with @FILE replaced by the lines of that file.  Raises SpecError when it cannot be read."""
+    found: list[str] = []
+    for pair in pairs:
+        if not pair.startswith("@"):
+            found.append(pair)
+            continue
+        try:
+            lines = Path(pair[1:]).expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpecError(
+                f"--storage-option {pair}: it cannot be read. Name a file of KEY=VALUE lines."
+            ) from error
+        found += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    return found
 
 
 def run_job(start: Callable[[Observer], JobOutcome]) -> None:
