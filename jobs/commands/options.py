@@ -119,9 +119,7 @@ def storage_pairs(pairs: Sequence[str]) -> list[str]:
         try:
             lines = Path(pair[1:]).expanduser().read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise SpecError(
-                f"--storage-option {pair}: it cannot be read. Name a file of KEY=VALUE lines."
-            ) from error
+            raise SpecError(f"--storage-option {pair}: it cannot be read. Name a file of KEY=VALUE lines.") from error
         found += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     return found
 
