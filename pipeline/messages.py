@@ -26,6 +26,20 @@ class WorkerSetup:
 
 
 @dataclass(frozen=True, slots=True)
+class EarlierParts:
+    """What is committed of a shard, so that only what it lacks is made."""
+
+    files: tuple[str, ...]
+    """Its token files."""
+    failures: str | None
+    """The failure table that counts: that of its last part."""
+    samples: int
+    """Samples that the shard had then."""
+    with_rest: bool
+    """Make what comes after the damage of its archive too."""
+
+
+@dataclass(frozen=True, slots=True)
 class Assignment:
     """One shard to tokenize."""
 
@@ -34,6 +48,10 @@ class Assignment:
     url: str
     adopt: bool = False
     """Look first for a published file that no record names: an earlier worker may have died after writing it."""
+    part: int = 0
+    """The part of the shard that is made: 0 for the whole of it."""
+    earlier: EarlierParts | None = None
+    """What the shard has; None where the whole of it is made."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,14 +23,18 @@ SHARDS_PER_FOLDER = 1000
 UNKNOWN_ARITHMETIC = "unknown"
 
 
-def token_file_name(shard: int, sha256: str) -> str:
-    """`tokens/0000/0000042-1f0c9a3e.parquet`"""
-    return f"tokens/{shard // SHARDS_PER_FOLDER:04d}/{shard:07d}-{sha256[:8]}.parquet"
+def token_file_name(shard: int, part: int, sha256: str) -> str:
+    """`tokens/0000/0000042-1f0c9a3e.parquet`; `tokens/0000/0000042.r1-77ab01c2.parquet` for part 1."""
+    return f"tokens/{shard // SHARDS_PER_FOLDER:04d}/{_stem(shard, part)}-{sha256[:8]}.parquet"
 
 
-def failure_table_name(shard: int, sha256: str) -> str:
-    """`failures/0000/0000042-c01d77e0.parquet`"""
-    return f"failures/{shard // SHARDS_PER_FOLDER:04d}/{shard:07d}-{sha256[:8]}.parquet"
+def failure_table_name(shard: int, part: int, sha256: str) -> str:
+    """`failures/0000/0000042-c01d77e0.parquet`; `failures/0000/0000042.r1-5d21e9aa.parquet` for part 1."""
+    return f"failures/{shard // SHARDS_PER_FOLDER:04d}/{_stem(shard, part)}-{sha256[:8]}.parquet"
+
+
+def _stem(shard: int, part: int) -> str:
+    return f"{shard:07d}.r{part}" if part else f"{shard:07d}"
 
 
 def publish_shard(storage: Storage, job: Job, shard: ShardRows, *, arithmetic: str, worker: str) -> Commit:
@@ -47,12 +51,14 @@ def publish_shard(storage: Storage, job: Job, shard: ShardRows, *, arithmetic: s
         identity = {"bsqtok.fingerprint": job.fingerprint, "bsqtok.shard": str(shard.shard)}
         data = serialise_failures(failures, identity)
         sha256 = hashlib.sha256(data).hexdigest()
-        failure_record = FileRecord(file=failure_table_name(shard.shard, sha256), bytes=len(data), sha256=sha256)
+        failures_name = failure_table_name(shard.shard, shard.part, sha256)
+        failure_record = FileRecord(file=failures_name, bytes=len(data), sha256=sha256)
         storage.publish(failure_record.file, data)
     table = rows_to_table(rows, job.spec.carry)
     footer = TokenFooter(
         fingerprint=job.fingerprint,
         shard=shard.shard,
+        part=shard.part,
         bits=job.tokenizer.bits,
         group_size=job.tokenizer.group_size,
         grid=job.tokenizer.grid,
@@ -66,7 +72,7 @@ def publish_shard(storage: Storage, job: Job, shard: ShardRows, *, arithmetic: s
     )
     encoded = serialise_token_file(table, footer)
     sha256 = hashlib.sha256(encoded.data).hexdigest()
-    name = token_file_name(shard.shard, sha256)
+    name = token_file_name(shard.shard, shard.part, sha256)
     reached("before_tokens")
     storage.publish(name, encoded.data, on_step=reached)
     reached("after_publish")
@@ -93,13 +99,21 @@ def publish_shard(storage: Storage, job: Job, shard: ShardRows, *, arithmetic: s
 
 
 def find_published(
-    storage: Storage, job: Job, *, shard: int, attempt: int, source_bytes: int, source_etag: str, worker: str
+    storage: Storage,
+    job: Job,
+    *,
+    shard: int,
+    part: int = 0,
+    attempt: int,
+    source_bytes: int,
+    source_etag: str,
+    worker: str,
 ) -> Commit | None:
     """Return a commit for a token file of `shard` that an earlier worker published without a record of it.
 
-    It is adopted only when its name fits its bytes, its footer carries this fingerprint, shard and source, its rows
-    add up and its failure table is there."""
-    prefix = f"{shard:07d}-"
+    It is adopted only when its name fits its bytes, its footer carries this fingerprint, shard, part and source, its
+    rows add up and its failure table is there."""
+    prefix = f"{_stem(shard, part)}-"
     folder = f"tokens/{shard // SHARDS_PER_FOLDER:04d}"
     for file_name in storage.list(folder):
         if not (file_name.startswith(prefix) and file_name.endswith(".parquet")):
@@ -107,7 +121,7 @@ def find_published(
         name = f"{folder}/{file_name}"
         data = storage.read_bytes(name)
         sha256 = hashlib.sha256(data).hexdigest()
-        if token_file_name(shard, sha256) != name:
+        if token_file_name(shard, part, sha256) != name:
             continue
         try:
             file = open_parquet(data)
@@ -115,12 +129,12 @@ def find_published(
             table = file.read(use_threads=False)
         except (BsqError, *PARQUET_ERRORS):
             continue
-        expected = (job.fingerprint, shard, 0, source_bytes, source_etag)
+        expected = (job.fingerprint, shard, part, source_bytes, source_etag)
         if (footer.fingerprint, footer.shard, footer.part, footer.source_bytes, footer.source_etag) != expected:
             continue
         failures, warnings = None, 0
         if footer.failures_sha256:
-            failures_name = failure_table_name(shard, footer.failures_sha256)
+            failures_name = failure_table_name(shard, part, footer.failures_sha256)
             if not storage.exists(failures_name):
                 continue
             failure_data = storage.read_bytes(failures_name)
@@ -130,7 +144,9 @@ def find_published(
             warnings = severities.count("warning")
             failures = FileRecord(file=failures_name, bytes=len(failure_data), sha256=footer.failures_sha256)
         num_positions = pc.count_distinct(table["position"]).as_py()
-        if not footer.samples - footer.failed <= num_positions <= footer.samples:
+        # A later part holds only the rows that the parts before it lack.
+        fewest = footer.samples - footer.failed if part == 0 else 0
+        if not fewest <= num_positions <= footer.samples:
             continue
         metadata = file.metadata
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
@@ -174,6 +190,7 @@ def _commit(
     num_frames = pc.sum(table["frames"]).as_py() or 0
     return Commit(
         shard=footer.shard,
+        part=footer.part,
         attempt=attempt,
         file=name,
         bytes=len(encoded.data),

@@ -80,6 +80,7 @@ class ShardRows:
     shard: int
     attempt: int
     url: str
+    part: int = 0
     rows: list[Row] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     num_samples: int = 0

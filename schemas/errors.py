@@ -10,7 +10,7 @@ BsqError                      ends the command; one line for people
 ├── Interrupted               130 stopped by a signal; resumable
 └── InputError                    never ends a job: becomes a failure row or a shard attempt
     ├── ShardError                the whole shard: ShardNotFound, ShardForbidden, ShardUnreadable, NotATar,
-    │                             SourceChanged
+    │                             SourceChanged, ShardDiffers
     ├── ArchiveError              the rest of an archive: TarTruncated, TarCorrupt, GzipCorrupt
     └── SampleError               one sample, one subclass for each class of the failure table
 
@@ -137,6 +137,13 @@ class NotATar(ShardError):
 
 class SourceChanged(ShardError):
     """Size or etag of the object changed while it was read."""
+
+
+class ShardDiffers(ShardError):
+    """A retry met other samples than those that the shard had when it was tokenized."""
+
+    stage = "group"
+    retryable = False
 
 
 class ArchiveError(InputError):

@@ -69,6 +69,11 @@ class Failure:
         return cls(key=None, stage=error.stage, error=error.error, message=_short(error), source_offset=error.offset)
 
 
+def parse_failures(table: pa.Table) -> list[Failure]:
+    """The rows of a failure table."""
+    return [Failure(**row) for row in table.select(FAILURE_SCHEMA.names).to_pylist()]
+
+
 def _short(error: Exception) -> str:
     return printable(" ".join(str(error).split()))[:MAX_MESSAGE_CHARS]
 

@@ -85,12 +85,12 @@ def what_counts(commit: Commit) -> Commit:
 def test_a_commit_says_what_the_files_hold(storage: Storage, job: Job, tmp_path: Path) -> None:
     commit = publish(storage, job)
     data = (tmp_path / "out" / commit.file).read_bytes()
-    assert commit.file == token_file_name(1042, hashlib.sha256(data).hexdigest())
+    assert commit.file == token_file_name(1042, 0, hashlib.sha256(data).hexdigest())
     assert commit.file.startswith("tokens/0001/0001042-")
     assert (commit.sha256, commit.bytes) == (hashlib.sha256(data).hexdigest(), len(data))
     assert commit.failures is not None
     failures = (tmp_path / "out" / commit.failures.file).read_bytes()
-    assert commit.failures.file == failure_table_name(1042, hashlib.sha256(failures).hexdigest())
+    assert commit.failures.file == failure_table_name(1042, 0, hashlib.sha256(failures).hexdigest())
     file = pq.ParquetFile(tmp_path / "out" / commit.file)
     footer = TokenFooter.from_metadata(file.metadata.metadata)
     assert footer.failures_sha256 == commit.failures.sha256 == hashlib.sha256(failures).hexdigest()
@@ -204,7 +204,7 @@ def rewritten(storage: Storage, commit: Commit, edit: Callable[[pa.Table, TokenF
     table, footer = edit(file.read(), TokenFooter.from_metadata(file.metadata.metadata))
     data = serialise_token_file(table, footer).data
     storage.delete(commit.file)
-    storage.publish(token_file_name(1042, hashlib.sha256(data).hexdigest()), data)
+    storage.publish(token_file_name(1042, 0, hashlib.sha256(data).hexdigest()), data)
 
 
 def test_a_file_whose_rows_do_not_add_up_is_not_adopted(storage: Storage, job: Job) -> None:
@@ -219,11 +219,11 @@ def test_a_file_of_a_later_part_is_not_adopted(storage: Storage, job: Job) -> No
 
 def test_strangers_with_fitting_names_are_passed_over(storage: Storage, job: Job) -> None:
     for data in (b"", b"no Parquet", b"PAR1" * 10):
-        storage.publish(token_file_name(1042, hashlib.sha256(data).hexdigest()), data)
+        storage.publish(token_file_name(1042, 0, hashlib.sha256(data).hexdigest()), data)
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"key": ["a"]}), sink)
     stranger = sink.getvalue().to_pybytes()
-    storage.publish(token_file_name(1042, hashlib.sha256(stranger).hexdigest()), stranger)
+    storage.publish(token_file_name(1042, 0, hashlib.sha256(stranger).hexdigest()), stranger)
     assert adopt(storage, job) is None
     made = publish(storage, job)
     adopted = adopt(storage, job)

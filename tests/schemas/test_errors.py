@@ -16,7 +16,7 @@ CLASSES = [item for _, item in inspect.getmembers(errors, inspect.isclass) if is
 STAGE_OF_CLASS = {
     "open": ["ShardNotFound", "ShardForbidden", "ShardUnreadable"],
     "read": ["TarTruncated", "TarCorrupt", "GzipCorrupt", "NotATar", "SourceChanged"],
-    "group": ["KeyDuplicated", "KeySplit", "NoMedia", "AmbiguousMedia", "MemberTooLarge"],
+    "group": ["ShardDiffers", "KeyDuplicated", "KeySplit", "NoMedia", "AmbiguousMedia", "MemberTooLarge"],
     "decode": ["MediaTruncated", "MediaCorrupt", "MediaUnsupported", "NoFrames", "DecodeTimeout", "WorkerCrash"],
     "limit": ["ImageTooLarge", "ImageTooSmall", "VideoTooLong"],
     "sidecar": ["CaptionNotText", "LabelNotInteger", "MetadataNotJSON"],
@@ -58,7 +58,7 @@ def test_each_class_says_what_it_means(item):
 
 def test_shards_that_storage_will_never_give_are_not_tried_again():
     final = {item.__name__ for item in CLASSES if issubclass(item, ShardError) and not item.retryable}
-    assert final == {"ShardNotFound", "ShardForbidden", "NotATar"}
+    assert final == {"ShardNotFound", "ShardForbidden", "NotATar", "ShardDiffers"}
 
 
 def test_only_warnings_leave_the_sample_tokenized():
