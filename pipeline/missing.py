@@ -13,7 +13,7 @@ import pyarrow as pa
 from pipeline.messages import EarlierParts
 from pipeline.parquet import PARQUET_ERRORS, read_parquet
 from pipeline.sample import Sample
-from pipeline.storage import Storage
+from pipeline.storage import Storage, printable_url
 from schemas.errors import BsqError, SampleCutOff, ShardDiffers, printable
 from schemas.failures import Failure, parse_failures
 
@@ -22,6 +22,8 @@ from schemas.failures import Failure, parse_failures
 class MissingSamples:
     """The samples of a shard that have no row, or not all of them."""
 
+    url: str
+    """Of the shard, without credentials."""
     num_samples: int
     """Samples of the shard that its rows and failures speak of."""
     with_rest: bool
@@ -49,17 +51,16 @@ class MissingSamples:
         position = sample.position
         if position >= self.num_samples:
             if not self.was_damaged:
-                raise ShardDiffers(f"it has more samples than the {self.num_samples:,} it had. {_REMEDY}")
+                raise self._differs(f"it has more samples than the {self.num_samples:,} that it had")
             return True
         failure = self.failed.get(position)
         if failure is not None and failure.error == SampleCutOff.__name__:
             # Where the archive broke off, the key was a guess from what was left of a header.
             return True
         before = failure.key if failure is not None else self.keys.get(position)
-        if before is not None and before != printable(sample.key):
-            raise ShardDiffers(
-                f"sample {position:,} has the key {printable(sample.key)!r}, it had {before!r}. {_REMEDY}"
-            )
+        key = printable(sample.key)
+        if before is not None and before != key:
+            raise self._differs(f"sample {position:,} has the key {key!r} and had {before!r}")
         return failure is not None
 
     def has_clip(self, position: int, clip: int) -> bool:
@@ -69,7 +70,7 @@ class MissingSamples:
     def check_end(self, num_samples: int) -> None:
         """Raise ShardDiffers when the shard has ended before all the samples that it had."""
         if num_samples < self.num_samples:
-            raise ShardDiffers(f"it ends after {num_samples:,} samples, it had {self.num_samples:,}. {_REMEDY}")
+            raise self._differs(f"it ends after {num_samples:,} samples and had {self.num_samples:,}")
 
     def kept_failures(self) -> list[Failure]:
         """What stays true of samples that are not made again: their warnings."""
@@ -79,17 +80,17 @@ class MissingSamples:
         """What the failure table says of the archive itself."""
         return [item for item in self.failures if item.key is None]
 
+    def _differs(self, what: str) -> ShardDiffers:
+        return ShardDiffers(
+            f"{self.url}: this is not the shard that was tokenized: {what}. Put that one back and retry, or add this "
+            f"one under a URL of its own with `bsq tokenize --append`."
+        )
 
-_REMEDY = (
-    "It is not the shard that was tokenized. Put that back and retry, or add this one under a URL of its own with "
-    "`bsq tokenize --append`."
-)
 
-
-def find_missing(storage: Storage, earlier: EarlierParts) -> MissingSamples:
+def find_missing(storage: Storage, url: str, earlier: EarlierParts) -> MissingSamples:
     """Read from the files of a shard what it lacks.  Raises BsqError when one of them cannot be read."""
     failures = parse_failures(_read(storage, earlier.failures)) if earlier.failures is not None else []
-    missing = MissingSamples(earlier.samples, earlier.with_rest, failures)
+    missing = MissingSamples(printable_url(url), earlier.samples, earlier.with_rest, failures)
     for failure in failures:
         if failure.key is not None and failure.severity == "failed" and failure.position is not None:
             missing.failed[failure.position] = failure
