@@ -75,6 +75,11 @@ class Batcher:
         """Whether `take` would return at once."""
         return bool(self._ready)
 
+    @property
+    def ready_bytes(self) -> int:
+        """Bytes of the batches that wait to be taken."""
+        return sum(batch.frames_BTCHW.nbytes for batch in self._ready.copy())
+
     def take(self, is_idle: Callable[[], bool]) -> Batch:
         """Take the next batch.  When none is ready and `is_idle()` says that no input can come before something is
         finished, a partial batch is handed over instead.  Raises Stopped."""

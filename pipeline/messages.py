@@ -60,6 +60,8 @@ class ShardCommitted:
 
     commit: Commit
     arithmetic: dict[str, Any]
+    failures: dict[str, int] = field(default_factory=dict)
+    """Rows of its failure table by class, without warnings; empty for a file that was found published."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,4 +115,7 @@ class Heartbeat:
     """Summed over `num_decoders` decoders."""
     num_decoders: int
     waiting_bytes: int
+    """Members that wait for a decoder."""
     activities: dict[str, Activity]
+    batched_bytes: int = 0
+    """Frames in whole batches that wait for the device."""

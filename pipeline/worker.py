@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 
 import torch
@@ -147,6 +147,7 @@ class ShardWorker:
                 decode_wait_seconds=self._batcher.decode_wait_seconds,
                 num_decoders=self._num_decoders,
                 waiting_bytes=self._samples.num_bytes,
+                batched_bytes=self._batcher.ready_bytes,
                 activities={name: Activity(*doing) for name, doing in list(self._activities.items())},
             )
 
@@ -380,7 +381,8 @@ class ShardWorker:
             )
             with self._counts:
                 self._num_shards_reading_ended -= 1
-            self._post(ShardCommitted(commit, value))
+            failures = Counter(item.error for item in shard.ordered_failures() if item.severity == "failed")
+            self._post(ShardCommitted(commit, value, dict(failures)))
 
     # ---- messages
 
