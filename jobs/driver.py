@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.begin import recognise, resolve, write_beginning
 from jobs.commit import LedgerWriter
@@ -44,6 +44,9 @@ from schemas.job import Job
 from schemas.jobspec import JobSpec
 from schemas.lease import Progress
 from schemas.ledger import Attempt, GivenUp
+
+if TYPE_CHECKING:
+    from jobs.metrics import JobMetrics
 
 RunnerKind = Literal["ray", "local", "in-process"]
 Observer = Callable[[Progress, str | None], None]
@@ -178,7 +181,7 @@ def _run_generation(
     if driver.has_work:
         runner = _make_runner(storage, job, execution, driver.num_left)
         try:
-            driver.run(runner)
+            driver.run(runner, _make_metrics(storage, execution))
         finally:
             runner.close()
             # A lease that was lost means that the temporaries are another driver's.
@@ -243,6 +246,7 @@ class Driver:
         self._first_samples: list[tuple[int, int]] = []
         self._interrupted = threading.Event()
         self._observed = 0.0
+        self._metrics: JobMetrics | None = None
         self.leaves_strays = self._resumed
 
     @property
@@ -250,9 +254,10 @@ class Driver:
         """Whether a shard is neither committed nor given up."""
         return self.num_left > 0
 
-    def run(self, runner: Runner) -> None:
-        """Run to the end.  Raises CircuitBreakerOpen, Interrupted, LeaseLost, OutputError, or what broke a worker for
+    def run(self, runner: Runner, metrics: JobMetrics | None = None) -> None:
+        """Run to the end, telling `metrics` on the way.  Raises CircuitBreakerOpen, Interrupted, LeaseLost, OutputError, or what broke a worker for
         good; everything committed until then is in the ledger."""
+        self._metrics = metrics
         with self._signals():
             try:
                 for number in range(min(runner.num_workers, self.num_left)):
@@ -337,6 +342,8 @@ class Driver:
         heartbeat = slot.handle.heartbeat()
         if heartbeat is not None:
             self._meter.heard(number, heartbeat)
+            if self._metrics:
+                self._metrics.heard(slot.handle.name, heartbeat)
             if heartbeat.progress != slot.last_progress or not slot.in_flight:
                 slot.last_progress, slot.last_change = heartbeat.progress, time.monotonic()
         death = slot.handle.death()
@@ -355,6 +362,8 @@ class Driver:
         self.num_left -= 1
         self._failed_in_a_row = 0
         self._meter.committed(commit)
+        if self._metrics:
+            self._metrics.committed(message)
         if commit.partial:
             self._say(f"shard {commit.shard}: damaged archive, committed {commit.rows:,} rows read before the damage")
         if len(self._first_samples) < BREAKER_FIRST_SHARDS:
@@ -407,7 +416,10 @@ class Driver:
             )
         )
         attempts = self._attempts[shard] = self._attempts.get(shard, 0) + counts
-        if retryable and attempts < self._run_spec.max_attempts:
+        again = retryable and attempts < self._run_spec.max_attempts
+        if self._metrics:
+            self._metrics.attempt_failed(error, gave_up=not again)
+        if again:
             delay = min(BACKOFF_SECONDS * 2 ** max(0, attempts - 1), BACKOFF_MOST_SECONDS)
             # Jitter keeps shards that failed together from coming back together.
             heapq.heappush(self._later, (time.monotonic() + delay * random.uniform(0.5, 1.0), shard))
@@ -513,7 +525,10 @@ class Driver:
     def _report(self) -> None:
         if time.monotonic() - self._observed > 0.5:
             self._observed = time.monotonic()
-            self._observer(self._meter.progress(), None)
+            progress = self._meter.progress()
+            if self._metrics:
+                self._metrics.progressed(progress)
+            self._observer(progress, None)
 
 
 @contextlib.contextmanager
@@ -559,6 +574,14 @@ def _make_runner(storage: Storage, job: Job, execution: _Execution, num_shards: 
     if execution.kind == "in-process":
         return InProcessRunner(setups)
     return ChildRunner(setups, _log_path(storage))
+
+
+def _make_metrics(storage: Storage, execution: _Execution) -> JobMetrics | None:
+    if execution.kind != "ray":
+        return None
+    from jobs.metrics import JobMetrics
+
+    return JobMetrics(storage.url)
 
 
 def _log_path(storage: Storage) -> str:
