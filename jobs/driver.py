@@ -255,8 +255,10 @@ class Driver:
         return self.num_left > 0
 
     def run(self, runner: Runner, metrics: JobMetrics | None = None) -> None:
-        """Run to the end, telling `metrics` on the way.  Raises CircuitBreakerOpen, Interrupted, LeaseLost, OutputError, or what broke a worker for
-        good; everything committed until then is in the ledger."""
+        """Run to the end, telling `metrics` on the way.
+
+        Raises CircuitBreakerOpen, Interrupted, LeaseLost, OutputError, or what broke a worker for good; everything
+        committed until then is in the ledger."""
         self._metrics = metrics
         with self._signals():
             try:
