@@ -34,8 +34,9 @@ import torch
 
 from benchmarks.photo_shards import write_shards
 from jobs.begin import resolve, write_beginning
-from jobs.driver import Driver, _Execution, _make_runner
+from jobs.driver import Driver, Execution, make_runner
 from jobs.finish import write_manifest
+from jobs.generation import first_generation
 from jobs.lease import take_lease
 from jobs.runner import Runner, WorkerHandle
 from pipeline.dataset_files import read_ledger
@@ -147,14 +148,15 @@ def job_rate(spec: JobSpec, kind: Any) -> tuple[float, float, float]:
     lease = take_lease(storage)
     write_beginning(storage, beginning)
     ledger = read_ledger(storage, 0)
-    driver = Driver(storage, beginning.job, beginning.urls, ledger, lease, spec, None)
-    runner = _Warm(_make_runner(storage, beginning.job, _Execution(spec, kind, None, {}), driver.num_left))
+    generation = first_generation(beginning.job, beginning.urls)
+    driver = Driver(storage, beginning.job, generation, ledger, lease, spec, None)
+    runner = _Warm(make_runner(storage, beginning.job, Execution(spec, kind, None, {}), driver.num_left))
     try:
         start_up = time.monotonic() - began
         cpu_before = _cpu_seconds()
         began = time.monotonic()
         driver.run(runner)
-        write_manifest(storage, beginning.job, read_ledger(storage, 0), 0)
+        write_manifest(storage, beginning.job, 0)
         seconds = time.monotonic() - began
         cpu = _cpu_seconds() - cpu_before
     finally:

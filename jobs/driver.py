@@ -25,19 +25,21 @@ from typing import TYPE_CHECKING, Any, Literal
 from jobs.begin import recognise, resolve, write_beginning
 from jobs.commit import LedgerWriter
 from jobs.finish import is_finished, sweep, write_manifest
+from jobs.generation import Generation, first_generation, open_generation
 from jobs.lease import HeldLease, take_lease
+from jobs.outcome import JobOutcome, describe_outcome
 from jobs.placement import Placement, find_nodes, find_placement
 from jobs.progress import ProgressMeter
 from jobs.runner import Runner, WorkerHandle
-from pipeline.dataset_files import LedgerState, read_job, read_ledger, read_plan
+from pipeline.dataset_files import LedgerState, read_job, read_ledger, read_manifest_summary
+from pipeline.generations import list_begun
 from pipeline.messages import Assignment, ShardCommitted, ShardFailed, WorkerBroken, WorkerSetup
-from pipeline.storage import HIDDEN, Storage, printable_url
+from pipeline.storage import Storage, printable_url
 from schemas.errors import (
     BsqError,
     CircuitBreakerOpen,
     Interrupted,
     LeaseLost,
-    Refused,
     SpecError,
 )
 from schemas.job import Job
@@ -64,16 +66,6 @@ DRAIN_SECONDS = 20.0
 WAIT_SECONDS = 0.25
 
 
-@dataclass(frozen=True, slots=True)
-class JobOutcome:
-    """How a job ended."""
-
-    exit_code: int
-    progress: Progress
-    lines: list[str]
-    """What a person should know, the remedy last."""
-
-
 def start_job(
     spec: JobSpec,
     *,
@@ -94,17 +86,20 @@ def start_job(
         raise SpecError("no shards are given. Name tar files or URLs, such as photos-{000..127}.tar.")
     gpus = any(node.gpus for node in find_nodes(spec.device, ray_address))
     beginning = resolve(spec, gpus=gpus, storage_options=options)
-    run = _Execution(spec, runner, ray_address, options)
+    run = Execution(spec, runner, ray_address, options)
     run.place(len(beginning.urls))
     storage = Storage(spec.out, options)
     recognise(storage, beginning)
-    with _holding_lease(storage, force=force) as lease:
+    with holding_lease(storage, force=force) as lease:
         # Another driver may have begun or finished the job between the first look and the lease.
         job = recognise(storage, beginning)
         if job is None:
             write_beginning(storage, beginning)
             job = beginning.job
-        return _run_generation(storage, job, beginning.urls, lease, run, observer)
+            generation = first_generation(job, beginning.urls)
+        else:
+            generation = open_generation(storage, job, list_begun(storage)[-1], given=beginning.urls)
+        return run_generation(storage, job, generation, lease, run, observer)
 
 
 def resume_job(
@@ -127,21 +122,17 @@ def resume_job(
     if job is None:
         raise SpecError(f"{storage.url}: there is no job here to resume. Begin one with `bsq tokenize`.")
     changes = {name: value for name, value in (("workers", workers), ("batch", batch)) if value is not None}
-    spec = job.spec.model_copy(update={"out": out, "run": job.spec.run.model_copy(update=changes)})
-    with _holding_lease(storage, force=force) as lease:
-        urls = read_plan(storage, 0)["url"].to_pylist()
-        if any(HIDDEN in url for url in urls):
-            raise Refused(
-                f"{storage.url}: the URLs of its shards held credentials, which are not written down. Repeat the "
-                f"`bsq tokenize` command that began the job: it goes on where it stopped."
-            )
-        run = _Execution(spec, runner, ray_address, options)
-        return _run_generation(storage, job, urls, lease, run, observer)
+    with holding_lease(storage, force=force) as lease:
+        generation = open_generation(storage, job, list_begun(storage)[-1])
+        spec = generation.record.spec
+        spec = spec.model_copy(update={"out": out, "run": spec.run.model_copy(update=changes)})
+        run = Execution(spec, runner, ray_address, options)
+        return run_generation(storage, job, generation, lease, run, observer)
 
 
 @dataclass(frozen=True, slots=True)
-class _Execution:
-    """How workers are to be run."""
+class Execution:
+    """How workers are to be run, and the command that says so."""
 
     spec: JobSpec
     kind: RunnerKind
@@ -153,11 +144,11 @@ class _Execution:
         uses_ray = self.kind == "ray"
         return find_placement(self.spec, uses_ray=uses_ray, ray_address=self.ray_address, num_shards=num_shards)
 
-    @property
-    def resume_command(self) -> str:
-        """What a person types to go on with this job in the same way."""
+    def command(self, name: str, switch: str = "") -> str:
+        """What a person types to run `bsq NAME` on this output in the same way."""
         where = printable_url(self.spec.out)
-        words = ["bsq resume", where if "://" in where else str(Path(where).absolute())]
+        words = [f"bsq {name}", where if "://" in where else str(Path(where).absolute())]
+        words += [switch] if switch else []
         words += {"ray": [], "local": ["--no-ray"], "in-process": ["--in-process"]}[self.kind]
         words += [f"--ray-address {self.ray_address}"] if self.ray_address else []
         # Values may be secrets, and this line goes into logs.
@@ -165,21 +156,25 @@ class _Execution:
         return " ".join(words)
 
 
-def _run_generation(
+def run_generation(
     storage: Storage,
     job: Job,
-    urls: list[str],
+    generation: Generation,
     lease: HeldLease,
-    execution: _Execution,
+    execution: Execution,
     observer: Observer | None,
 ) -> JobOutcome:
-    generation = 0
+    """Run a generation that was begun to its end, and write its manifest."""
+    number = generation.number
+    # Workers take limits and policies from the job, and they are this generation's.
+    job = job.model_copy(update={"spec": generation.record.spec})
     began = time.time()
     storage.sweep_temporaries(older_than=began)
-    ledger = read_ledger(storage, generation, keep_commits=False)
-    driver = Driver(storage, job, urls, ledger, lease, execution.spec, observer, execution.resume_command)
+    ledger = read_ledger(storage, number, keep_commits=False)
+    command = execution.command("resume")
+    driver = Driver(storage, job, generation, ledger, lease, execution.spec, observer, command)
     if driver.has_work:
-        runner = _make_runner(storage, job, execution, driver.num_left)
+        runner = make_runner(storage, job, execution, driver.num_left)
         try:
             driver.run(runner, _make_metrics(storage, execution))
         finally:
@@ -187,12 +182,19 @@ def _run_generation(
             # A lease that was lost means that the temporaries are another driver's.
             if not isinstance(sys.exception(), LeaseLost):
                 storage.sweep_temporaries(older_than=time.time())
-        ledger = read_ledger(storage, generation, keep_commits=False)
-    if not is_finished(storage, generation):
-        write_manifest(storage, job, ledger, generation)
+        ledger = read_ledger(storage, number, keep_commits=False)
+    if not is_finished(storage, number):
+        write_manifest(storage, job, number)
     if driver.leaves_strays:
-        sweep(storage, generation)
-    return driver.outcome(ledger)
+        sweep(storage, number)
+    return describe_outcome(
+        driver.progress,
+        ledger,
+        read_manifest_summary(storage, number),
+        read_manifest_summary(storage, number - 1) if number else None,
+        max_failed_fraction=execution.spec.run.max_failed_fraction,
+        retry_command=lambda switch: execution.command("retry", switch),
+    )
 
 
 @dataclass(slots=True)
@@ -217,22 +219,24 @@ class Driver:
         self,
         storage: Storage,
         job: Job,
-        urls: list[str],
+        generation: Generation,
         ledger: LedgerState,
         lease: HeldLease,
         spec: JobSpec,
         observer: Observer | None,
         resume_command: str = "bsq resume",
     ) -> None:
-        self._storage, self._job, self._urls, self._lease = storage, job, urls, lease
+        self._storage, self._job, self._generation, self._lease = storage, job, generation, lease
         self._resume_command = resume_command
         self._run_spec = spec.run
         self._observer = observer or (lambda progress, line: None)
         self._writer = LedgerWriter(storage, ledger.generation, ledger.next_segment, set(ledger.arithmetic))
         self._attempts = dict(ledger.attempts)
-        self._resumed = bool(ledger.segments) or bool(storage.list("tokens/0000"))
+        self._resumed = generation.resumed or bool(ledger.segments)
         self._open = [
-            shard for shard in range(len(urls)) if (shard, 0) not in ledger.committed and shard not in ledger.given_up
+            shard
+            for shard in generation.shards
+            if (shard, generation.record.part) not in ledger.committed and shard not in ledger.given_up
         ]
         self.num_left = len(self._open)
         self._next = 0
@@ -240,7 +244,7 @@ class Driver:
         # Shards in flight when a worker died: tried again by themselves, so that one costs no other an attempt.
         self._suspects: set[int] = set()
         self._slots: dict[int, _Slot] = {}
-        self._meter = ProgressMeter(len(urls), ledger)
+        self._meter = ProgressMeter(len(generation), ledger)
         self._messages: collections.Counter[str] = collections.Counter()
         self._failed_in_a_row = 0
         self._first_samples: list[tuple[int, int]] = []
@@ -253,6 +257,11 @@ class Driver:
     def has_work(self) -> bool:
         """Whether a shard is neither committed nor given up."""
         return self.num_left > 0
+
+    @property
+    def progress(self) -> Progress:
+        """How far the generation is, with the speeds of the whole run."""
+        return self._meter.progress(whole_run=True)
 
     def run(self, runner: Runner, metrics: JobMetrics | None = None) -> None:
         """Run to the end, telling `metrics` on the way.
@@ -268,7 +277,7 @@ class Driver:
                     if self._interrupted.is_set():
                         self._drain(runner)
                         raise Interrupted(
-                            f"{self._meter.progress().committed:,} of {len(self._urls):,} shards are committed. "
+                            f"{self._meter.progress().committed:,} of {len(self._generation):,} shards are committed. "
                             f"Go on with: {self._resume_command}"
                         )
                     self._hand_out()
@@ -284,27 +293,6 @@ class Driver:
                 self._writer.flush()
         self._observer(self._meter.progress(), None)
 
-    def outcome(self, ledger: LedgerState) -> JobOutcome:
-        """Sum up: exit code 3 when shards failed or are partial, or too large a share of samples failed."""
-        totals = ledger.totals
-        lines = []
-        for shard, record in sorted(ledger.given_up.items())[:5]:
-            lines.append(f"shard {shard} failed ({record.error}): {record.message}")
-        if len(ledger.given_up) > 5:
-            lines.append(f"... and {len(ledger.given_up) - 5} more shards failed.")
-        if totals.partial:
-            lines.append(f"{totals.partial} damaged shards were committed as far as they could be read.")
-        fraction = totals.failed / totals.samples if totals.samples else 0.0
-        too_many = fraction > self._run_spec.max_failed_fraction
-        if totals.failed:
-            lines.append(
-                f"{totals.failed:,} of {totals.samples:,} samples failed ({fraction:.2%}"
-                + (f", more than the {self._run_spec.max_failed_fraction:.2%} allowed" if too_many else "")
-                + "); `bsq inspect` shows the failure tables."
-            )
-        bad = bool(ledger.given_up) or totals.partial > 0 or too_many
-        return JobOutcome(3 if bad else 0, self._meter.progress(whole_run=True), lines)
-
     # ---- handing out
 
     def _hand_out(self) -> None:
@@ -314,7 +302,9 @@ class Driver:
                 if shard is None:
                     break
                 attempt = self._attempts.get(shard, 0) + 1
-                assignment = Assignment(shard, attempt, self._urls[shard], adopt=self._resumed or attempt > 1)
+                url = self._generation.url(shard)
+                assignment = Assignment(shard, attempt, url, adopt=self._resumed or attempt > 1)
+                assignment = self._generation.complete(assignment)
                 if not slot.in_flight:
                     slot.last_change = time.monotonic()
                 slot.in_flight[shard] = assignment
@@ -534,7 +524,8 @@ class Driver:
 
 
 @contextlib.contextmanager
-def _holding_lease(storage: Storage, *, force: bool) -> Iterator[HeldLease]:
+def holding_lease(storage: Storage, *, force: bool) -> Iterator[HeldLease]:
+    """Hold the lease of an output.  Raises LeaseHeld."""
     lease = take_lease(storage, force=force)
     try:
         yield lease
@@ -543,7 +534,8 @@ def _holding_lease(storage: Storage, *, force: bool) -> Iterator[HeldLease]:
             lease.release()
 
 
-def _make_runner(storage: Storage, job: Job, execution: _Execution, num_shards: int) -> Runner:
+def make_runner(storage: Storage, job: Job, execution: Execution, num_shards: int) -> Runner:
+    """Workers for so many shards.  Raises SpecError when there is no room for them."""
     run = execution.spec.run
     placement = execution.place(num_shards)
     gpus, num_cpus = placement.gpus, placement.cpus_per_worker
@@ -578,7 +570,7 @@ def _make_runner(storage: Storage, job: Job, execution: _Execution, num_shards: 
     return ChildRunner(setups, _log_path(storage))
 
 
-def _make_metrics(storage: Storage, execution: _Execution) -> JobMetrics | None:
+def _make_metrics(storage: Storage, execution: Execution) -> JobMetrics | None:
     if execution.kind != "ray":
         return None
     from jobs.metrics import JobMetrics

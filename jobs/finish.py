@@ -3,51 +3,56 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from jobs.begin import created_by
 from pipeline.dataset_files import (
-    LedgerState,
     iter_commits,
     list_generations,
     manifest_summary_name,
     manifest_table_name,
-    read_plan,
+    read_manifest,
 )
+from pipeline.generations import list_begun, read_plans
 from pipeline.steps import reached
 from pipeline.storage import Storage
 from schemas.errors import LeaseLost
 from schemas.job import Job
-from schemas.ledger import Commit
-from schemas.manifest import ManifestSummary, manifest_table, serialise_manifest
+from schemas.manifest import ManifestSummary, count_samples, manifest_table, merge_manifests, serialise_manifest
 
 MAX_FAILED_SHARDS_NAMED = 1000
 
 
-def write_manifest(storage: Storage, job: Job, ledger: LedgerState, generation: int) -> ManifestSummary:
+def write_manifest(storage: Storage, job: Job, generation: int) -> ManifestSummary:
     """Write the manifest of a generation whose every shard is committed or given up; its .json last, create-only.
 
-    Raises LeaseLost when another driver wrote a different one."""
-    plan = read_plan(storage, generation)
-    urls, first_shard = plan["url"], plan["shard"][0].as_py()
-    table = manifest_table(
-        (commit, urls[commit.shard - first_shard].as_py(), generation) for commit in iter_commits(storage, generation)
-    )
+    It lists what the generation before had, too.  Raises LeaseLost when another driver wrote a different one."""
+    plan = read_plans(storage, [generation])
+    table = manifest_table((commit, plan.url(commit.shard), generation) for commit in iter_commits(storage, generation))
+    if generation > 0:
+        before = read_manifest(storage, generation - 1)
+        assert before is not None
+        table = merge_manifests(before.table, table)
     data = serialise_manifest(table)
-    failed_shards = sorted(ledger.given_up)
+    counts = count_samples(table)
+    failed_shards = find_failed_shards(storage, generation, table)
     summary = ManifestSummary(
         fingerprint=job.fingerprint,
         generation=generation,
         files=len(table),
-        rows=ledger.totals.rows,
-        tokens=ledger.totals.tokens,
-        samples=ledger.totals.samples,
-        failed=ledger.totals.failed,
-        warnings=ledger.totals.warnings,
+        parts=counts.parts,
+        rows=_sum(table["rows"]),
+        tokens=_sum(table["tokens"]),
+        samples=counts.samples,
+        failed=counts.failed,
+        warnings=counts.warnings,
         failed_shards=len(failed_shards),
         first_failed_shards=failed_shards[:MAX_FAILED_SHARDS_NAMED],
-        partial_shards=ledger.totals.partial,
-        bytes=ledger.totals.bytes,
+        partial_shards=counts.partial_shards,
+        bytes=_sum(table["bytes"]),
         bits=job.tokenizer.bits,
         group_size=job.tokenizer.group_size,
         grid=job.tokenizer.grid,
@@ -66,9 +71,19 @@ def write_manifest(storage: Storage, job: Job, ledger: LedgerState, generation: 
     return summary
 
 
+def find_failed_shards(storage: Storage, generation: int, table: pa.Table) -> list[int]:
+    """Shards of the plans up to a finished generation that its manifest does not list: those that were given up."""
+    planned = read_plans(storage, [number for number in list_begun(storage) if number <= generation]).shards
+    failed: list[int] = np.setdiff1d(planned, table["shard"].to_numpy()).tolist()
+    return failed
+
+
 def sweep(storage: Storage, generation: int) -> int:
-    """Remove token files and failure tables that no record names; return how many.  For the holder of the lease."""
-    named = {name for commit in iter_commits(storage, generation) for name in _files_of(commit)}
+    """Remove token files and failure tables that no record names; return how many.  For the holder of the lease, when
+    the generation is the newest one and finished."""
+    manifest = read_manifest(storage, generation)
+    assert manifest is not None
+    named = {name for column in ("file", "failures_file") for name in manifest.table[column].to_pylist()}
     num_swept = 0
     for folder in ("tokens", "failures"):
         for name in storage.list(folder, recursive=True):
@@ -82,7 +97,5 @@ def is_finished(storage: Storage, generation: int) -> bool:
     return generation in list_generations(storage)
 
 
-def _files_of(commit: Commit) -> Iterator[str]:
-    yield commit.file
-    if commit.failures is not None:
-        yield commit.failures.file
+def _sum(column: pa.ChunkedArray) -> int:
+    return int(pc.sum(column).as_py() or 0)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from pipeline.dataset_files import GENERATION_FILE, read_plan, read_required
@@ -75,6 +76,12 @@ class Plan:
         """The URLs of all shards, in the order of `shards`."""
         urls: list[str] = self._urls.take(pa.array(self._places)).to_pylist()
         return urls
+
+    def shards_with(self, text: str) -> list[int]:
+        """The shards whose URL contains `text`."""
+        found = np.asarray(pc.match_substring(self._urls, text))[self._places]
+        shards: list[int] = self.shards[found].tolist()
+        return shards
 
     def _place(self, shard: int) -> int | None:
         place = int(np.searchsorted(self.shards, shard))

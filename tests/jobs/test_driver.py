@@ -15,8 +15,11 @@ import pytest
 
 import jobs.driver
 from jobs.begin import Beginning, resolve, write_beginning
-from jobs.driver import Driver, JobOutcome
+from jobs.driver import Driver
+from jobs.finish import write_manifest
+from jobs.generation import first_generation
 from jobs.lease import HeldLease, take_lease
+from jobs.outcome import JobOutcome, describe_outcome
 from pipeline.dataset_files import LedgerState, read_ledger
 from pipeline.storage import Storage
 from pipeline.worker import Activity, Assignment, Heartbeat, Message, ShardCommitted, ShardFailed, WorkerBroken
@@ -178,10 +181,18 @@ class Job:
                 self.said.append(line)
 
         before = read_ledger(self.storage, 0)
-        driver = Driver(self.storage, self.beginning.job, self.beginning.urls, before, self.lease, self.spec, observe)
+        generation = first_generation(self.beginning.job, self.beginning.urls, resumed=bool(before.segments))
+        driver = Driver(self.storage, self.beginning.job, generation, before, self.lease, self.spec, observe)
         self.runner = FakeRunner(behave, num_workers)
         driver.run(self.runner)
-        return driver.outcome(self.ledger)
+        return describe_outcome(
+            driver.progress,
+            self.ledger,
+            write_manifest(self.storage, self.beginning.job, 0),
+            None,
+            max_failed_fraction=self.spec.run.max_failed_fraction,
+            retry_command=lambda switch: f"bsq retry {switch}".strip(),
+        )
 
     @property
     def ledger(self) -> LedgerState:
@@ -441,8 +452,9 @@ def test_a_worker_that_never_comes_up_stops_the_job_and_costs_no_shard_an_attemp
             super().wait(timeout_seconds)
 
     ledger = read_ledger(job.storage, 0)
+    generation = first_generation(job.beginning.job, job.beginning.urls)
     driver = Driver(
-        job.storage, job.beginning.job, job.beginning.urls, ledger, job.lease, job.spec, lambda progress, line: None
+        job.storage, job.beginning.job, generation, ledger, job.lease, job.spec, lambda progress, line: None
     )
     runner = StillBorn(commit)
     with pytest.raises(BsqError, match=r"exit code 1.*3 times in a row"):

@@ -1,0 +1,164 @@
+"""One generation as a driver works through it: its shards, where to read them, and what each has already."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from jobs.begin import created_by
+from pipeline.dataset_files import plan_name, read_manifest, serialise_plan
+from pipeline.generations import Plan, generation_name, read_generation, read_plans
+from pipeline.messages import Assignment, EarlierParts
+from pipeline.storage import HIDDEN, Storage, printable_url
+from schemas.errors import LeaseLost, Refused
+from schemas.job import GenerationKind, GenerationRecord, Job
+from schemas.jobspec import JobSpec
+
+_COMMAND_OF_KIND = {
+    "tokenize": "bsq tokenize",
+    "append": "bsq tokenize --append",
+    "retry": "bsq retry",
+    "retry-samples": "bsq retry --samples",
+    "retry-damaged": "bsq retry --damaged",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Generation:
+    """What is to be made, and of which shards."""
+
+    record: GenerationRecord
+    plan: Plan
+    full_urls: dict[int, str]
+    """URLs of those shards whose URL in the plan is without its credentials."""
+    committed: _CommittedShards | None = None
+    """What the shards have already; None where whole shards are made."""
+    resumed: bool = False
+    """Another driver has begun it."""
+
+    @property
+    def number(self) -> int:
+        return self.record.generation
+
+    @property
+    def command(self) -> str:
+        """The command that began it, without its arguments."""
+        return command_of(self.record.kind)
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    @property
+    def shards(self) -> list[int]:
+        """The numbers of its shards, ascending."""
+        numbers: list[int] = self.plan.shards.tolist()
+        return numbers
+
+    def url(self, shard: int) -> str:
+        """Where the shard is read, credentials included."""
+        return self.full_urls.get(shard) or self.plan.url(shard)
+
+    def complete(self, assignment: Assignment) -> Assignment:
+        """The assignment with what the worker must know of the parts that its shard has."""
+        if self.committed is None:
+            return assignment
+        return dataclasses.replace(
+            assignment,
+            part=self.record.part,
+            earlier=self.committed.parts_of(assignment.shard, with_rest=self.record.kind == "retry-damaged"),
+        )
+
+
+def first_generation(job: Job, urls: Sequence[str], *, resumed: bool = False) -> Generation:
+    """Generation 0 of a job, from the URLs that it was asked for."""
+    record = GenerationRecord(
+        fingerprint=job.fingerprint,
+        generation=0,
+        kind="tokenize",
+        spec=job.spec,
+        plan_sha256=job.plan_sha256,
+        created_by=job.created_by,
+    )
+    printable = [printable_url(url) for url in urls]
+    plan = Plan([pa.table({"shard": pa.array(range(len(urls)), pa.int64()), "url": pa.array(printable, pa.string())})])
+    full = {shard: url for shard, (url, shown) in enumerate(zip(urls, printable, strict=True)) if url != shown}
+    return Generation(record, plan, full, resumed=resumed)
+
+
+def open_generation(storage: Storage, job: Job, number: int, *, given: Iterable[str] = ()) -> Generation:
+    """A generation that was begun, to go on with it; `given` are URLs with their credentials.
+
+    Raises Refused when a shard's URL had credentials and is not given."""
+    record = read_generation(storage, job, number)
+    plan = read_plans(storage, [number])
+    generation = Generation(record, plan, with_credentials(plan, given), resumed=True)
+    if not generation.full_urls.keys() >= set(plan.shards_with(HIDDEN)):
+        raise Refused(
+            f"{storage.url}: the URLs of its shards held credentials, which are not written down. Repeat the "
+            f"`{generation.command}` command with the full URLs: it goes on where it stopped."
+        )
+    if not record.part:
+        return generation
+    return dataclasses.replace(generation, committed=_CommittedShards(storage, number - 1, plan.shards))
+
+
+def begin_generation(
+    storage: Storage, job: Job, number: int, kind: GenerationKind, spec: JobSpec, shards: Sequence[int], urls: Plan
+) -> None:
+    """Write down what generation `number` does; its record last, create-only: then it is begun.
+
+    Raises LeaseLost when another driver has begun it."""
+    data = serialise_plan([urls.url(shard) for shard in shards], shards)
+    record = GenerationRecord(
+        fingerprint=job.fingerprint,
+        generation=number,
+        kind=kind,
+        spec=spec,
+        plan_sha256=hashlib.sha256(data).hexdigest(),
+        created_by=created_by(),
+    )
+    storage.publish(plan_name(number), data)
+    record_data = record.model_dump_json(indent=1).encode() + b"\n"
+    name = generation_name(number)
+    if not storage.create_only(name, record_data) and storage.read_bytes(name) != record_data:
+        raise LeaseLost(f"{storage.url}: another driver has begun generation {number}. See `bsq status`.")
+
+
+def with_credentials(plan: Plan, given: Iterable[str]) -> dict[int, str]:
+    """The given URLs by number, of those shards whose URL in the plan is without its credentials."""
+    full_of_printable = {shown: url for url in given if (shown := printable_url(url)) != url}
+    if not full_of_printable:
+        return {}
+    pairs = zip(plan.shards.tolist(), plan.urls(), strict=True)
+    return {shard: full_of_printable[url] for shard, url in pairs if url in full_of_printable}
+
+
+def command_of(kind: GenerationKind) -> str:
+    """The command that begins such a generation, without its arguments."""
+    return _COMMAND_OF_KIND[kind]
+
+
+class _CommittedShards:
+    """What the manifest of a generation says of some shards."""
+
+    def __init__(self, storage: Storage, generation: int, shards: npt.NDArray[np.int64]) -> None:
+        manifest = read_manifest(storage, generation)
+        assert manifest is not None
+        columns = manifest.table.select(["shard", "part", "file", "failures_file", "samples"])
+        self._table = columns.filter(pa.array(np.isin(columns["shard"].to_numpy(), shards)))
+        self._shards = self._table["shard"].to_numpy()
+
+    def parts_of(self, shard: int, *, with_rest: bool) -> EarlierParts:
+        first, last = np.searchsorted(self._shards, [shard, shard + 1]).tolist()
+        rows = self._table.slice(first, last - first).to_pylist()
+        return EarlierParts(
+            files=tuple(row["file"] for row in rows),
+            failures=rows[-1]["failures_file"],
+            samples=rows[-1]["samples"],
+            with_rest=with_rest,
+        )
