@@ -25,7 +25,7 @@ from benchmarks.photo_shards import photographs, write_shards
 IMAGES_PER_SHARD = 200
 _JOB = """
 import json, resource, sys
-from jobs.driver import start_job
+from jobs.start import start_job
 from schemas.jobspec import parse_spec
 shards, out = json.loads(sys.argv[1]), sys.argv[2]
 values = {"shards": shards, "out": out, "tokenizer": "stub", "device": "cpu", "preprocess": {"size": 256}}

@@ -34,11 +34,12 @@ import torch
 
 from benchmarks.photo_shards import write_shards
 from jobs.begin import resolve, write_beginning
-from jobs.driver import Driver, Execution, make_runner
+from jobs.driver import Driver
 from jobs.finish import write_manifest
 from jobs.generation import first_generation
 from jobs.lease import take_lease
 from jobs.runner import Runner, WorkerHandle
+from jobs.start import Execution, make_runner
 from pipeline.dataset_files import read_ledger
 from pipeline.decode import Decoder
 from pipeline.encode import PendingBatch, open_encoder

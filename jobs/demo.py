@@ -42,8 +42,8 @@ def run_demo(out: Path, *, runner: Literal["ray", "local"] = "ray") -> int:
     """Build the corpus in `out`, tokenize it, draw the picture; returns the exit code of the job.
 
     Raises OutputNotOurs when `out` holds something that no demo has written."""
-    from jobs.driver import start_job
     from jobs.reconstruct import side_by_side
+    from jobs.start import start_job
 
     begun = time.monotonic()
     _make_room(out)

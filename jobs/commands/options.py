@@ -12,7 +12,7 @@ from schemas.errors import SpecError
 from schemas.jobspec import JobSpec
 
 if TYPE_CHECKING:
-    from jobs.driver import JobOutcome
+    from jobs.outcome import JobOutcome
     from schemas.lease import Progress
 
     Observer = Callable[[Progress, str | None], None]

@@ -36,7 +36,7 @@ from schemas.jobspec import Filter, JobSpec, parse_spec, read_spec
 
 if TYPE_CHECKING:
     from jobs.commands.options import Observer
-    from jobs.driver import JobOutcome
+    from jobs.outcome import JobOutcome
 
 _SPEC_PATHS = {
     "out": "out",
@@ -157,7 +157,7 @@ def resume(
     options = storage_options(storage_option or ())
 
     def start(observer: Observer) -> JobOutcome:
-        from jobs.driver import resume_job
+        from jobs.start import resume_job
 
         return resume_job(
             out,

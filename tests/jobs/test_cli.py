@@ -45,7 +45,7 @@ def driver(module):
         observer(progress, "shard 1 is partial")
         return SimpleNamespace(exit_code=3, progress=progress, lines=["1 shard is partial."])
 
-    module("jobs.driver", start_job=start_job, resume_job=start_job)
+    module("jobs.start", start_job=start_job, resume_job=start_job)
     return calls
 
 

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from jobs.contact_sheet import Tile, draw_sheet
-from jobs.driver import start_job
 from jobs.reconstruct import _read_originals, _spread_rows, describe_psnr, reconstruct, side_by_side
+from jobs.start import start_job
 from pipeline.dataset_files import read_job
 from pipeline.find_rows import find_rows, list_token_files, read_row
 from pipeline.storage import Storage
