@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.commands import app, cluster, demo, look, model, tokenize  # noqa: F401 - importing a module adds its commands
+# Importing a module adds its commands.
+from jobs.commands import app, cluster, demo, look, model, plan, tokenize  # noqa: F401
 from jobs.commands.options import switch
 from schemas.errors import BsqError
 
