@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from pipeline.dataset_files import JOB_NAME, plan_name, read_job, read_plan, serialise_plan
+from pipeline.dataset_files import JOB_NAME, plan_name, read_job, serialise_plan
+from pipeline.generations import list_begun, read_plans
 from pipeline.sources import expand_shards
 from pipeline.storage import Storage, printable_url
 from pipeline.stub import STUB_NAME, stub_record
 from schemas.errors import FingerprintDiffers, OutputNotOurs, Refused, SpecError
 from schemas.fingerprint import differing_fields, fingerprint, fingerprint_fields
 from schemas.job import Job, TokenizerRecord
-from schemas.jobspec import JobSpec
+from schemas.jobspec import JobSpec, merge_specs
 from tokenizer.checkpoint import CheckpointFiles, read_checkpoint
 
 STUB_IMAGE_SIZE = 256
@@ -48,39 +50,68 @@ def resolve(spec: JobSpec, *, gpus: bool, storage_options: dict[str, Any]) -> Be
 
     Raises SpecError or CheckpointError."""
     urls = expand_shards(list(spec.shards), storage_options)
-    checkpoint = None
+    record, checkpoint = _read_tokenizer(spec, storage_options)
+    return Beginning(_make_job(_concrete(spec, record, gpus=gpus), record, urls), urls, checkpoint)
+
+
+def resolve_append(
+    storage: Storage, existing: Job, before: JobSpec, asked: JobSpec, *, storage_options: dict[str, Any]
+) -> Beginning:
+    """The job that would add the shards of `asked` to a dataset.  What was not asked for is as in `before`.
+
+    Raises FingerprintDiffers when something asked for decides bits and differs from the dataset's."""
+    spec = merge_specs(before, asked)
+    if asked.dtype == "auto":
+        spec = spec.model_copy(update={"dtype": before.dtype})
+    record = existing.tokenizer
+    if "tokenizer" in asked.model_fields_set:
+        record, _ = _read_tokenizer(spec, storage_options)
+        # Before its sizes are compared with those of the spec: another tokenizer is the reason to name.
+        theirs = {name: existing.fingerprint_fields[name] for name in ("tokenizer", "weight_sha256")}
+        ours = {"tokenizer": _architecture(record.config), "weight_sha256": record.weight_sha256}
+        if ours != theirs:
+            raise _other_settings(storage, ours, theirs)
+    urls = expand_shards(list(asked.shards), storage_options)
+    job = _make_job(_concrete(spec, record, gpus=False), record, urls)
+    if job.fingerprint != existing.fingerprint:
+        raise _other_settings(storage, job.fingerprint_fields, existing.fingerprint_fields)
+    return Beginning(job, urls, None)
+
+
+def _read_tokenizer(spec: JobSpec, storage_options: dict[str, Any]) -> tuple[TokenizerRecord, CheckpointFiles | None]:
+    """The tokenizer that a spec names; None for the files of the stub encoder."""
     if spec.tokenizer == STUB_NAME:
         size = spec.preprocess.size if isinstance(spec.preprocess.size, int) else STUB_IMAGE_SIZE
         frames = spec.clips.clip_frames if isinstance(spec.clips.clip_frames, int) else STUB_MAX_FRAMES
-        record = stub_record(size, frames)
-    else:
-        checkpoint = read_checkpoint(spec.tokenizer, storage_options=storage_options)
-        config = checkpoint.config()
-        weight_sha256 = checkpoint.weight_sha256()
-        record = TokenizerRecord(
-            name=printable_url(spec.tokenizer),
-            config=config.to_json_dict(),
-            weight_sha256=weight_sha256,
-            folder=f"tokenizer/{weight_sha256[:8]}",
-            bits=config.bits_per_token,
-            group_size=config.group_size,
-            patch_size=config.patch_size,
-            grid=config.grid,
-        )
-    resolved = _concrete(spec, record, gpus=gpus)
+        return stub_record(size, frames), None
+    checkpoint = read_checkpoint(spec.tokenizer, storage_options=storage_options)
+    config = checkpoint.config()
+    weight_sha256 = checkpoint.weight_sha256()
+    record = TokenizerRecord(
+        name=printable_url(spec.tokenizer),
+        config=config.to_json_dict(),
+        weight_sha256=weight_sha256,
+        folder=f"tokenizer/{weight_sha256[:8]}",
+        bits=config.bits_per_token,
+        group_size=config.group_size,
+        patch_size=config.patch_size,
+        grid=config.grid,
+    )
+    return record, checkpoint
+
+
+def _make_job(resolved: JobSpec, record: TokenizerRecord, urls: list[str]) -> Job:
     fields = fingerprint_fields(resolved, _architecture(record.config), record.weight_sha256)
     printable = [printable_url(url) for url in urls]
-    job = Job(
+    patterns = tuple(printable_url(pattern) for pattern in resolved.shards)
+    return Job(
         fingerprint=fingerprint(fields),
         fingerprint_fields=fields,
-        spec=resolved.model_copy(
-            update={"shards": tuple(printable_url(pattern) for pattern in spec.shards), "out": printable_url(spec.out)}
-        ),
+        spec=resolved.model_copy(update={"shards": patterns, "out": printable_url(resolved.out)}),
         tokenizer=record,
         plan_sha256=hashlib.sha256(serialise_plan(printable)).hexdigest(),
         created_by=created_by(),
     )
-    return Beginning(job, urls, checkpoint)
 
 
 def recognise(storage: Storage, beginning: Beginning) -> Job | None:
@@ -98,20 +129,17 @@ def recognise(storage: Storage, beginning: Beginning) -> Job | None:
             )
         return None
     if existing.fingerprint != job.fingerprint:
-        differences = differing_fields(job.fingerprint_fields, existing.fingerprint_fields)
-        raise FingerprintDiffers(
-            f"{storage.url}: holds tokens made with other settings ({'; '.join(differences[:4])}). "
-            f"Choose another folder, or ask for the same settings to go on with this one."
-        )
+        raise _other_settings(storage, job.fingerprint_fields, existing.fingerprint_fields)
     # Not by the plan's hash: another version of Arrow writes other bytes for the same URLs.
-    planned = read_plan(storage, 0)["url"].to_pylist()
+    planned = read_plans(storage, list_begun(storage)).urls()
     asked = [printable_url(url) for url in beginning.urls]
-    if planned != asked:
+    # The command that began the dataset stays good after shards were added to it.
+    if asked != planned and asked != read_plans(storage, [0]).urls():
         num_others, num_missing = len(set(asked) - set(planned)), len(set(planned) - set(asked))
         raise Refused(
             f"{storage.url}: was begun with other shards ({num_others} of those asked for are not in it, {num_missing} "
-            f"of it are not asked for). Use `bsq resume` to finish it as it is, or tokenize the other shards into "
-            f"another folder."
+            f"of it are not asked for). Use `bsq resume` to finish it as it is; then --append adds those that are not "
+            f"in it."
         )
     return existing
 
@@ -124,6 +152,13 @@ def write_beginning(storage: Storage, beginning: Beginning) -> None:
         storage.publish(f"{job.tokenizer.folder}/model.safetensors", beginning.checkpoint.model_safetensors)
     storage.publish(plan_name(0), serialise_plan([printable_url(url) for url in beginning.urls]))
     storage.publish(JOB_NAME, json.dumps(job.model_dump(mode="json"), indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def _other_settings(storage: Storage, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> FingerprintDiffers:
+    return FingerprintDiffers(
+        f"{storage.url}: holds tokens made with other settings ({'; '.join(differing_fields(ours, theirs)[:4])}). "
+        f"Choose another folder, or ask for the same settings to go on with this one."
+    )
 
 
 def _architecture(config: dict[str, Any]) -> dict[str, Any]:

@@ -103,6 +103,8 @@ class Driver:
         self._messages: collections.Counter[str] = collections.Counter()
         self._failed_in_a_row = 0
         self._first_samples: list[tuple[int, int]] = []
+        # What failed before may well fail again; there is nothing to burn through.
+        self._is_retry = generation.record.kind.startswith("retry")
         self._interrupted = threading.Event()
         self._observed = 0.0
         self._metrics: JobMetrics | None = None
@@ -213,7 +215,7 @@ class Driver:
             self._metrics.committed(message)
         if commit.partial:
             self._say(f"shard {commit.shard}: damaged archive, committed {commit.rows:,} rows read before the damage")
-        if len(self._first_samples) < BREAKER_FIRST_SHARDS:
+        if not self._is_retry and len(self._first_samples) < BREAKER_FIRST_SHARDS:
             self._first_samples.append((commit.samples, commit.failed))
             samples, failed = (sum(column) for column in zip(*self._first_samples, strict=True))
             if len(self._first_samples) == BREAKER_FIRST_SHARDS and failed * 2 > samples:
@@ -278,7 +280,7 @@ class Driver:
         self._messages[message] += 1
         self._failed_in_a_row += 1
         self._say(f"shard {shard} failed: {message}")
-        if self._failed_in_a_row >= BREAKER_SHARDS:
+        if not self._is_retry and self._failed_in_a_row >= BREAKER_SHARDS:
             common = self._messages.most_common(1)[0][0]
             raise CircuitBreakerOpen(
                 f"{self._storage.url}: {BREAKER_SHARDS} shards failed in a row; the job stops before it burns through "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +19,7 @@ from pipeline.dataset_files import (
     read_manifest,
 )
 from pipeline.generations import list_begun, read_plans
+from pipeline.publish import SHARDS_PER_FOLDER
 from pipeline.steps import reached
 from pipeline.storage import Storage
 from schemas.errors import LeaseLost
@@ -90,6 +93,17 @@ def sweep(storage: Storage, generation: int) -> int:
             if f"{folder}/{name}" not in named:
                 num_swept += storage.delete(f"{folder}/{name}")
     return num_swept
+
+
+def sweep_shards(storage: Storage, shards: Sequence[int]) -> None:
+    """Remove every token file and failure table of shards of which nothing is committed, before they are made anew."""
+    wanted = set(shards)
+    for folder in ("tokens", "failures"):
+        for group in sorted({shard // SHARDS_PER_FOLDER for shard in wanted}):
+            for name in storage.list(f"{folder}/{group:04d}"):
+                number = re.match(r"\d+", name)
+                if number is not None and int(number[0]) in wanted:
+                    storage.delete(f"{folder}/{group:04d}/{name}")
 
 
 def is_finished(storage: Storage, generation: int) -> bool:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from jobs.begin import created_by
@@ -17,7 +16,8 @@ from pipeline.messages import Assignment, EarlierParts
 from pipeline.storage import HIDDEN, Storage, printable_url
 from schemas.errors import LeaseLost, Refused
 from schemas.job import GenerationKind, GenerationRecord, Job
-from schemas.jobspec import JobSpec
+from schemas.jobspec import JobSpec, selection_differences
+from schemas.lease import Progress
 
 _COMMAND_OF_KIND = {
     "tokenize": "bsq tokenize",
@@ -44,11 +44,6 @@ class Generation:
     @property
     def number(self) -> int:
         return self.record.generation
-
-    @property
-    def command(self) -> str:
-        """The command that began it, without its arguments."""
-        return command_of(self.record.kind)
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -85,7 +80,7 @@ def first_generation(job: Job, urls: Sequence[str], *, resumed: bool = False) ->
         created_by=job.created_by,
     )
     printable = [printable_url(url) for url in urls]
-    plan = Plan([pa.table({"shard": pa.array(range(len(urls)), pa.int64()), "url": pa.array(printable, pa.string())})])
+    plan = Plan.of(range(len(urls)), printable)
     full = {shard: url for shard, (url, shown) in enumerate(zip(urls, printable, strict=True)) if url != shown}
     return Generation(record, plan, full, resumed=resumed)
 
@@ -93,32 +88,41 @@ def first_generation(job: Job, urls: Sequence[str], *, resumed: bool = False) ->
 def open_generation(storage: Storage, job: Job, number: int, *, given: Iterable[str] = ()) -> Generation:
     """A generation that was begun, to go on with it; `given` are URLs with their credentials.
 
-    Raises Refused when a shard's URL had credentials and is not given."""
+    Raises Refused when the URL of a shard had credentials and is not given."""
     record = read_generation(storage, job, number)
     plan = read_plans(storage, [number])
-    generation = Generation(record, plan, with_credentials(plan, given), resumed=True)
-    if not generation.full_urls.keys() >= set(plan.shards_with(HIDDEN)):
-        raise Refused(
-            f"{storage.url}: the URLs of its shards held credentials, which are not written down. Repeat the "
-            f"`{generation.command}` command with the full URLs: it goes on where it stopped."
-        )
-    if not record.part:
-        return generation
-    return dataclasses.replace(generation, committed=_CommittedShards(storage, number - 1, plan.shards))
+    return Generation(
+        record,
+        plan,
+        _with_credentials(storage, record.kind, plan, given),
+        _CommittedShards(storage, number - 1, plan) if record.part else None,
+        resumed=True,
+    )
 
 
 def begin_generation(
-    storage: Storage, job: Job, number: int, kind: GenerationKind, spec: JobSpec, shards: Sequence[int], urls: Plan
-) -> None:
+    storage: Storage,
+    job: Job,
+    number: int,
+    kind: GenerationKind,
+    spec: JobSpec,
+    plan: Plan,
+    *,
+    given: Iterable[str] = (),
+) -> Generation:
     """Write down what generation `number` does; its record last, create-only: then it is begun.
 
-    Raises LeaseLost when another driver has begun it."""
-    data = serialise_plan([urls.url(shard) for shard in shards], shards)
+    Raises Refused when the URL of a shard had credentials and is not given, LeaseLost when another driver has begun
+    it."""
+    full_urls = _with_credentials(storage, kind, plan, given)
+    data = serialise_plan(plan.urls(), plan.shards.tolist())
+    # Shards and output may hold credentials.
+    patterns = tuple(printable_url(pattern) for pattern in spec.shards)
     record = GenerationRecord(
         fingerprint=job.fingerprint,
         generation=number,
         kind=kind,
-        spec=spec,
+        spec=spec.model_copy(update={"shards": patterns, "out": printable_url(spec.out)}),
         plan_sha256=hashlib.sha256(data).hexdigest(),
         created_by=created_by(),
     )
@@ -127,15 +131,19 @@ def begin_generation(
     name = generation_name(number)
     if not storage.create_only(name, record_data) and storage.read_bytes(name) != record_data:
         raise LeaseLost(f"{storage.url}: another driver has begun generation {number}. See `bsq status`.")
+    return Generation(record, plan, full_urls, _CommittedShards(storage, number - 1, plan) if record.part else None)
 
 
-def with_credentials(plan: Plan, given: Iterable[str]) -> dict[int, str]:
+def _with_credentials(storage: Storage, kind: GenerationKind, plan: Plan, given: Iterable[str]) -> dict[int, str]:
     """The given URLs by number, of those shards whose URL in the plan is without its credentials."""
-    full_of_printable = {shown: url for url in given if (shown := printable_url(url)) != url}
-    if not full_of_printable:
-        return {}
-    pairs = zip(plan.shards.tolist(), plan.urls(), strict=True)
-    return {shard: full_of_printable[url] for shard, url in pairs if url in full_of_printable}
+    full = {shown: url for url in given if (shown := printable_url(url)) != url}
+    urls = {shard: full[shown] for shown, shard in plan.find(list(full)).items()} if full else {}
+    if not urls.keys() >= set(plan.shards_with(HIDDEN)):
+        raise Refused(
+            f"{storage.url}: the URLs of its shards held credentials, which are not written down. Repeat the "
+            f"`{command_of(kind)}` command with the full URLs: it goes on where it stopped."
+        )
+    return urls
 
 
 def command_of(kind: GenerationKind) -> str:
@@ -143,14 +151,32 @@ def command_of(kind: GenerationKind) -> str:
     return _COMMAND_OF_KIND[kind]
 
 
+def tell_selection(
+    observer: Callable[[Progress, str | None], None] | None, generation: JobSpec, asked: JobSpec
+) -> None:
+    """Tell what a generation that was begun keeps of its limits and policies, though others are asked for."""
+    for name, begun, value in selection_differences(generation, asked):
+        if observer is not None:
+            observer(Progress(), f"{name} stays {begun}, as this generation was begun; {value} is for another one")
+
+
+def tell_changed_selection(
+    observer: Callable[[Progress, str | None], None] | None, before: JobSpec, now: JobSpec
+) -> None:
+    """Tell in which limits and policies a generation differs from the one before."""
+    for name, previous, value in selection_differences(before, now):
+        if observer is not None:
+            observer(Progress(), f"{name} is {value} in this generation, {previous} in the one before")
+
+
 class _CommittedShards:
     """What the manifest of a generation says of some shards."""
 
-    def __init__(self, storage: Storage, generation: int, shards: npt.NDArray[np.int64]) -> None:
+    def __init__(self, storage: Storage, generation: int, plan: Plan) -> None:
         manifest = read_manifest(storage, generation)
         assert manifest is not None
         columns = manifest.table.select(["shard", "part", "file", "failures_file", "samples"])
-        self._table = columns.filter(pa.array(np.isin(columns["shard"].to_numpy(), shards)))
+        self._table = columns.filter(pa.array(np.isin(columns["shard"].to_numpy(), plan.shards)))
         self._shards = self._table["shard"].to_numpy()
 
     def parts_of(self, shard: int, *, with_rest: bool) -> EarlierParts:

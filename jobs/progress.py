@@ -15,6 +15,7 @@ from pipeline.storage import Storage
 from schemas.errors import SpecError
 from schemas.lease import Lease, Progress
 from schemas.ledger import Commit
+from schemas.manifest import ManifestSummary
 
 RATE_WINDOW_SECONDS = 60.0
 
@@ -136,6 +137,23 @@ class Status(BaseModel):
         return "\n".join(lines)
 
 
+def progress_of(summary: ManifestSummary) -> Progress:
+    """What a finished dataset holds."""
+    committed = summary.files - summary.parts
+    return Progress(
+        shards=committed + summary.failed_shards,
+        committed=committed,
+        failed_shards=summary.failed_shards,
+        partial_shards=summary.partial_shards,
+        samples=summary.samples,
+        failed_samples=summary.failed,
+        warnings=summary.warnings,
+        rows=summary.rows,
+        tokens=summary.tokens,
+        bytes=summary.bytes,
+    )
+
+
 def read_status(out: str, storage_options: dict[str, Any] | None = None) -> Status:
     """How far the job in `out` is, read from the lease while it runs and from ledger or manifest otherwise.
 
@@ -155,19 +173,8 @@ def read_status(out: str, storage_options: dict[str, Any] | None = None) -> Stat
     except FileNotFoundError:
         summary = None
     if summary is not None:
-        progress = Progress(
-            shards=summary.files + summary.failed_shards,
-            committed=summary.files,
-            failed_shards=summary.failed_shards,
-            partial_shards=summary.partial_shards,
-            samples=summary.samples,
-            failed_samples=summary.failed,
-            warnings=summary.warnings,
-            rows=summary.rows,
-            tokens=summary.tokens,
-            bytes=summary.bytes,
-        )
-        return Status(url=storage.url, state="complete" if summary.complete else "incomplete", progress=progress)
+        state = "complete" if summary.complete else "incomplete"
+        return Status(url=storage.url, state=state, progress=progress_of(summary))
     ledger = read_ledger(storage, 0, keep_commits=False)
     meter = ProgressMeter(len(read_plan(storage, 0)), ledger)
     return Status(url=storage.url, state="interrupted", progress=meter.progress())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jobs.begin import recognise, resolve, write_beginning
 from jobs.driver import Driver, Observer
 from jobs.finish import is_finished, sweep, write_manifest
-from jobs.generation import Generation, first_generation, open_generation
+from jobs.generation import Generation, first_generation, open_generation, tell_selection
 from jobs.lease import HeldLease, take_lease
 from jobs.outcome import JobOutcome, describe_outcome
 from jobs.placement import Placement, find_nodes, find_placement
@@ -66,6 +66,7 @@ def start_job(
             generation = first_generation(job, beginning.urls)
         else:
             generation = open_generation(storage, job, list_begun(storage)[-1], given=beginning.urls)
+            tell_selection(observer, generation.record.spec, beginning.job.spec)
         return run_generation(storage, job, generation, lease, run, observer)
 
 

@@ -61,6 +61,15 @@ class Plan:
         """Ascending, each once."""
         self._urls = pa.chunked_array([chunk for table in tables for chunk in table["url"].chunks], pa.string())
 
+    @classmethod
+    def of(cls, shards: Sequence[int], urls: Sequence[str]) -> Plan:
+        """A plan of these shards with these URLs."""
+        return cls([pa.table({"shard": pa.array(shards, pa.int64()), "url": pa.array(urls, pa.string())})])
+
+    def select(self, shards: Sequence[int]) -> Plan:
+        """Some of its shards."""
+        return Plan.of(shards, [self.url(shard) for shard in shards])
+
     def __len__(self) -> int:
         return len(self.shards)
 
@@ -82,6 +91,12 @@ class Plan:
         found = np.asarray(pc.match_substring(self._urls, text))[self._places]
         shards: list[int] = self.shards[found].tolist()
         return shards
+
+    def find(self, urls: Sequence[str]) -> dict[str, int]:
+        """The numbers of those of `urls` that are in the plan."""
+        own = self._urls.combine_chunks().take(pa.array(self._places))
+        places = pc.index_in(pa.array(urls, pa.string()), value_set=own).to_pylist()
+        return {url: int(self.shards[place]) for url, place in zip(urls, places, strict=True) if place is not None}
 
     def _place(self, shard: int) -> int | None:
         place = int(np.searchsorted(self.shards, shard))

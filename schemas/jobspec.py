@@ -162,12 +162,12 @@ def merge_specs(base: JobSpec, asked: JobSpec) -> JobSpec:
     return JobSpec.model_validate(merged(base.model_dump(), asked.model_dump(exclude_unset=True)))
 
 
-def selection_differences(before: JobSpec, now: JobSpec) -> list[str]:
-    """Name the settings in which two specs differ that decide which rows exist but not their bits, with both values."""
-    old, new = (spec.model_dump(include={"limits", "damaged_shards"}) for spec in (before, now))
-    pairs = [(f"limits.{name}", old["limits"][name], new["limits"][name]) for name in old["limits"]]
-    pairs.append(("damaged_shards", old["damaged_shards"], new["damaged_shards"]))
-    return [f"{name} is {value}, before it was {previous}" for name, previous, value in pairs if value != previous]
+def selection_differences(before: JobSpec, now: JobSpec) -> list[tuple[str, Any, Any]]:
+    """The settings in which two specs differ that decide which rows exist but not their bits: name and both values."""
+    old, new = (spec.limits.model_dump() for spec in (before, now))
+    values = [(f"limits.{name}", old[name], new[name]) for name in old]
+    values.append(("damaged_shards", before.damaged_shards, now.damaged_shards))
+    return [(name, previous, value) for name, previous, value in values if previous != value]
 
 
 def read_spec(path: str | Path) -> dict[str, Any]:

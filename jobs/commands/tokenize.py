@@ -30,6 +30,7 @@ from jobs.commands.options import (
     spec_help,
     split_pair,
     storage_options,
+    switch,
 )
 from schemas.errors import SpecError
 from schemas.jobspec import Filter, JobSpec, parse_spec, read_spec
@@ -68,6 +69,14 @@ def tokenize(
         list[str] | None, typer.Argument(metavar="SHARDS", help=spec_help("shards"), show_default=False)
     ] = None,
     out: Annotated[str | None, option("--out", "out", OUTPUT, "DIR")] = None,
+    append: Annotated[
+        bool,
+        switch(
+            "--append",
+            "Add SHARDS to the finished dataset in DIR, with its settings. Left out: they are all that it has.",
+            OUTPUT,
+        ),
+    ] = False,
     force: Force = False,
     tokenizer: Annotated[str | None, option("--tokenizer", "tokenizer", "Job", "NAME|DIR")] = None,
     config: Annotated[
@@ -118,16 +127,20 @@ def tokenize(
 ) -> None:
     """Tokenize SHARDS into a dataset of tokens, or go on with one that was begun.
 
-    The same command on a dataset that was begun goes on where it stopped; with other settings it is refused."""
+    The same command on a dataset that was begun goes on where it stopped; with other settings it is refused. With
+    --append, settings that are not given are the dataset's."""
     given = {name: value for name, value in locals().items() if name in _SPEC_PATHS and value is not None}
     spec = make_spec(shards=shards or (), config=config, settings=settings or (), options=given)
     runner = runner_name(no_ray=no_ray, in_process=in_process, ray_address=ray_address)
     options = storage_options(storage_option or ())
 
     def start(observer: Observer) -> JobOutcome:
-        from jobs.driver import start_job
+        if append:
+            from jobs.append import append_job as begin
+        else:
+            from jobs.start import start_job as begin
 
-        return start_job(
+        return begin(
             spec,
             runner=runner,
             ray_address=ray_address,
