@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs.display import describe_bytes
+from jobs.generation import command_of
 from pipeline.dataset_files import (
     JOB_NAME,
     LEASE_NAME,
@@ -25,13 +26,14 @@ from pipeline.dataset_files import (
     read_manifest,
     read_plan,
 )
+from pipeline.generations import list_begun, read_generation
 from pipeline.parquet import PARQUET_ERRORS, open_parquet, read_parquet
 from pipeline.storage import Storage, printable_url
 from schemas.errors import BsqError, SpecError
 from schemas.failures import FAILURE_SCHEMA
-from schemas.job import Job
+from schemas.job import GenerationRecord, Job
 from schemas.ledger import Attempt, Commit, GivenUp, parse_lines, segment_range
-from schemas.manifest import MANIFEST_SCHEMA, ManifestSummary
+from schemas.manifest import MANIFEST_SCHEMA, ManifestSummary, latest_parts
 from schemas.tokenfile import TokenFooter
 
 SHOWN_ROWS = 5
@@ -79,7 +81,7 @@ def _describe_dataset(storage: Storage) -> str:
             state += f", but {_count(summary.failed_shards, 'shard')} failed"
         counts = summary.model_dump()
         frames = _range(table["min_frames"].to_pylist(), table["max_frames"].to_pylist())
-        tables = [name for name in table["failures_file"].to_pylist() if name is not None]
+        tables = table.filter(pa.array(latest_parts(table)))["failures_file"].drop_null().to_pylist()
         failed_shards = summary.first_failed_shards
     else:
         ledger = read_ledger(storage, 0, keep_commits=False)
@@ -118,6 +120,8 @@ def _describe_dataset(storage: Storage) -> str:
             f"{describe_bytes(counts['bytes'])} in {_count(counts['files'], 'token file')}, {_rate(job, counts)}",
         ),
     ]
+    begun = list_begun(storage)
+    lines += [_describe_generation(read_generation(storage, job, number), generations) for number in begun[1:]]
     if counts["partial_shards"]:
         lines.append(_field("partial", f"{_count(counts['partial_shards'], 'shard')} whose archive was damaged"))
     if failed_shards:
@@ -125,6 +129,18 @@ def _describe_dataset(storage: Storage) -> str:
         more = f" and {counts['failed_shards'] - 10:,} more" if counts["failed_shards"] > 10 else ""
         lines.append(_field("failed shards", shown + more))
     return "\n".join(lines + _commonest_failures(storage, tables))
+
+
+def _describe_generation(record: GenerationRecord, finished: Sequence[int]) -> str:
+    did = {
+        "tokenize": "the first run",
+        "append": "added shards",
+        "retry": "tried failed shards again",
+        "retry-samples": "tried failed samples again",
+        "retry-damaged": "tried the rest of damaged shards again",
+    }[record.kind]
+    state = "" if record.generation in finished else "; not finished: `bsq resume` goes on"
+    return _field(f"generation {record.generation}", did + state)
 
 
 def _identity(job: Job) -> list[str]:
@@ -336,20 +352,21 @@ def _describe_failure_table(what: str, file: pq.ParquetFile) -> str:
 
 
 def _describe_manifest_table(what: str, file: pq.ParquetFile) -> str:
-    columns = ["shard", "part", "file", "rows", "failed", "url"]
+    columns = ["shard", "part", "rows", "failed", "file", "url"]
     table = file.read(columns=columns, use_threads=False)
     lines = [
         f"{what}: manifest, {_count(len(table), 'token file')}, {_count(pc.sum(table['rows']).as_py() or 0, 'row')}"
     ]
     lines += [
-        f"    {_shard_line(row['shard'], row['rows'], row['failed'], row['file'])} from {_shorten(row['url'])}"
+        f"    {_shard_line(*(row[name] for name in columns[:-1]))} from {_shorten(row['url'])}"
         for row in table.slice(0, SHOWN_ROWS).to_pylist()
     ]
     return "\n".join(lines + _more(len(table)))
 
 
-def _shard_line(shard: int, rows: int, failed: int, file: str) -> str:
-    return f"shard {shard}: {_count(rows, 'row')}, {_count(failed, 'sample')} failed, {file}"
+def _shard_line(shard: int, part: int, rows: int, failed: int, file: str) -> str:
+    which = f"shard {shard}, part {part}" if part else f"shard {shard}"
+    return f"{which}: {_count(rows, 'row')}, {_count(failed, 'sample')} failed, {file}"
 
 
 def _describe_segment(storage: Storage, name: str) -> str:
@@ -360,7 +377,7 @@ def _describe_segment(storage: Storage, name: str) -> str:
     lines = [f"{what}: ledger segment, {_count(len(records), 'record')} ({kinds or 'none'})"]
     for record in islice(records, SHOWN_ROWS):
         if isinstance(record, Commit):
-            text = _shard_line(record.shard, record.rows, record.failed, record.file)
+            text = _shard_line(record.shard, record.part, record.rows, record.failed, record.file)
         elif isinstance(record, Attempt):
             text = f"shard {record.shard}, attempt {record.attempt}: {record.error}: {_shorten(record.message)}"
         elif isinstance(record, GivenUp):
@@ -386,6 +403,9 @@ def _describe_json(storage: Storage, name: str) -> str:
             f"{what}: manifest of generation {summary.generation} ({state}): {_count(summary.files, 'token file')}, "
             f"{_count(summary.rows, 'row')}, {summary.tokens:,} tokens, {describe_bytes(summary.bytes)}."
         )
+    if values.get("format") == "bsqtok" and "kind" in values:
+        record = GenerationRecord.model_validate(values)
+        return f"{what}: what generation {record.generation} does: `{command_of(record.kind)}`."
     if name == JOB_NAME:
         return "\n".join([f"{what}: the identity of a dataset", *_identity(Job.model_validate(values))])
     return f"{what}: a JSON file with {', '.join(_plain(key) for key in islice(values, 6)) or 'nothing in it'}."

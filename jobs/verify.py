@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 from collections import deque
@@ -13,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.check_files import CheckedFiles, check_committed_files
+from pipeline.check_files import CheckedFiles, check_committed_files, check_shard_parts
 from pipeline.dataset_files import (
     CommittedParts,
     LedgerState,
@@ -30,12 +30,13 @@ from pipeline.dataset_files import (
     read_manifest,
     read_plan,
 )
+from pipeline.generations import Plan, generation_name, list_begun, read_generation
 from pipeline.storage import Storage
 from schemas.errors import BsqError, CheckpointError, SpecError
 from schemas.fingerprint import fingerprint
 from schemas.job import Job
 from schemas.ledger import Commit
-from schemas.manifest import manifest_table
+from schemas.manifest import count_samples, manifest_table
 from tokenizer.checkpoint import read_checkpoint
 
 FILES_AT_ONCE = 4
@@ -106,18 +107,19 @@ def verify_dataset(
     result = Verification(storage.url)
     result.problems += _job_problems(storage, job, storage_options)
 
-    manifests = list_generations(storage)
-    generations = _generations(storage)
-    result.finished = bool(generations) and set(generations) <= set(manifests)
+    finished = list_generations(storage)
+    generations = list_begun(storage)
+    part_of_generation = _read_records(storage, job, generations, result)
+    result.finished = set(generations) <= set(finished)
     states = [read_ledger(storage, generation, keep_commits=False) for generation in generations]
-    listed_states = [state for state in states if state.generation in manifests]
-    manifest = _read_manifest(storage, manifests, result)
-    listed = _ManifestRows(manifest) if manifest is not None else None
-    planned = _PlannedShards(storage, generations, result)
+    manifests = _read_manifests(storage, finished, result)
+    listed = _ManifestRows(manifests[-1]) if manifests else None
+    planned = _read_plans(storage, generations, result)
     arithmetic = set().union(*(state.arithmetic for state in states), {_ADOPTED_ARITHMETIC})
     num_files = sum(state.totals.commits for state in states)
     recorded_names: set[str] = set()
     committed = CommittedParts()
+    shards_in_parts: set[int] = set()
 
     commits = ((generation, commit) for generation in generations for commit in iter_commits(storage, generation))
     for (generation, commit), checked in _in_threads(commits, partial(check_committed_files, storage, job)):
@@ -132,17 +134,24 @@ def verify_dataset(
             recorded_names.add(commit.failures.file)
         if not committed.add(commit.shard, commit.part):
             result.problems.append(f"shard {commit.shard}, part {commit.part}: committed in more than one generation")
+        if commit.part:
+            shards_in_parts.add(commit.shard)
+        if commit.part != part_of_generation[generation]:
+            result.problems.append(f"{commit.file}: part {commit.part}, which generation {generation} does not make")
         if commit.shard not in planned:
             result.problems.append(f"{commit.file}: shard {commit.shard} is in no plan")
         if commit.arithmetic not in arithmetic:
             result.problems.append(f"{commit.file}: the ledger does not say what arithmetic {commit.arithmetic!r} is")
-        if listed is not None and generation in manifests:
+        if listed is not None and generation in finished:
             result.problems += listed.differences(commit, generation, planned.url(commit.shard))
         if on_progress is not None:
             on_progress(result.files, num_files)
 
-    if manifest is not None:
-        result.problems += _summary_problems(job, manifest, listed_states)
+    _check_parts(storage, result, generations, shards_in_parts)
+    for manifest in manifests:
+        earlier = [state for state in states if state.generation <= manifest.summary.generation]
+        result.problems += _summary_problems(job, manifest, earlier)
+        result.problems += _changed_problems(manifest, manifests[-1])
     _account_for_shards(result, states, planned, committed)
     _account_for_files(storage, result, recorded_names, states)
     return result
@@ -172,52 +181,46 @@ def _job_problems(storage: Storage, job: Job, storage_options: Mapping[str, Any]
     return problems
 
 
-def _generations(storage: Storage) -> list[int]:
-    stems = [Path(name).stem for name in storage.list("plan")]
-    return sorted(int(stem) for stem in stems if stem.isdecimal())
+def _read_records(storage: Storage, job: Job, generations: list[int], result: Verification) -> dict[int, int]:
+    """The part that commits of each generation are; what is wrong with its record is a problem."""
+    parts = {}
+    for generation in generations:
+        record = read_generation(storage, job, generation)
+        parts[generation] = record.part
+        if generation > 0 and hashlib.sha256(_read_plan_bytes(storage, generation)).hexdigest() != record.plan_sha256:
+            result.problems.append(
+                f"{plan_name(generation)}: not the plan that the generation began with (its SHA-256 differs from that "
+                f"in {generation_name(generation)})"
+            )
+    return parts
 
 
-def _read_manifest(storage: Storage, manifests: list[int], result: Verification) -> Manifest | None:
-    newest = None
-    for generation in manifests:
+def _read_plan_bytes(storage: Storage, generation: int) -> bytes:
+    try:
+        return storage.read_bytes(plan_name(generation))
+    except FileNotFoundError:
+        return b""
+
+
+def _read_manifests(storage: Storage, generations: list[int], result: Verification) -> list[Manifest]:
+    """The manifests of finished generations; empty when the newest is damaged."""
+    manifests = []
+    for generation in generations:
         try:
-            newest = read_manifest(storage, generation)
+            manifest = read_manifest(storage, generation)
+            assert manifest is not None
+            manifests.append(manifest)
         except BsqError as error:
-            newest = None
             result.problems.append(str(error))
-    return newest
+    return manifests if manifests and manifests[-1].summary.generation == generations[-1] else []
 
 
-class _PlannedShards:
-    """Every shard of every plan, by number."""
-
-    def __init__(self, storage: Storage, generations: list[int], result: Verification) -> None:
-        tables = [read_plan(storage, generation) for generation in generations]
-        shards = [table["shard"].to_numpy() for table in tables]
-        numbers: npt.NDArray[np.int64] = np.concatenate([np.zeros(0, np.int64), *shards])
-        # A retried shard stands in two plans; the later one counts.
-        self._order = np.argsort(numbers, kind="stable")
-        self._numbers = numbers[self._order]
-        self._urls = pa.chunked_array([chunk for table in tables for chunk in table["url"].chunks], pa.string())
-        for generation, own in zip(generations, shards, strict=True):
-            if len(np.unique(own)) != len(own):
-                result.problems.append(f"{plan_name(generation)}: a shard number occurs twice")
-
-    def __contains__(self, shard: int) -> bool:
-        return self._place(shard) is not None
-
-    def _place(self, shard: int) -> int | None:
-        place = int(np.searchsorted(self._numbers, shard, side="right")) - 1
-        return place if place >= 0 and self._numbers[place] == shard else None
-
-    def url(self, shard: int) -> str:
-        place = self._place(shard)
-        return "" if place is None else str(self._urls[int(self._order[place])].as_py())
-
-    def missing(self, committed: CommittedParts, given_up: set[int]) -> list[int]:
-        """Shards that are neither committed nor given up."""
-        numbers = np.unique(self._numbers).tolist()
-        return [shard for shard in numbers if (shard, 0) not in committed and shard not in given_up]
+def _read_plans(storage: Storage, generations: list[int], result: Verification) -> Plan:
+    tables = [read_plan(storage, generation) for generation in generations]
+    for generation, table in zip(generations, tables, strict=True):
+        if len(pc.unique(table["shard"])) != len(table):
+            result.problems.append(f"{plan_name(generation)}: a shard number occurs twice")
+    return Plan(tables)
 
 
 # --- the manifest
@@ -249,6 +252,7 @@ class _ManifestRows:
 
 def _summary_problems(job: Job, manifest: Manifest, states: list[LedgerState]) -> list[str]:
     summary, table = manifest.summary, manifest.table
+    given_up = _given_up(states)
     name = f"manifest/{summary.generation:04d}.json"
     expected: dict[str, object] = {
         "fingerprint": job.fingerprint,
@@ -260,19 +264,10 @@ def _summary_problems(job: Job, manifest: Manifest, states: list[LedgerState]) -
         "group_size": job.tokenizer.group_size,
         "grid": tuple(job.tokenizer.grid),
         "views": job.spec.preprocess.views,
-        "partial_shards": _sum(pc.cast(table["partial"], pa.int64())),
-    }
-    # Parts that won rows back change how failures and samples are counted; without them sums must agree.
-    if (_max(table["part"]) or 0) == 0:
-        given_up = _given_up(states)
-        expected |= {
-            "samples": _sum(table["samples"]),
-            "failed": _sum(table["failed"]),
-            "warnings": _sum(table["warnings"]),
-            "failed_shards": len(given_up),
-            "first_failed_shards": sorted(given_up)[:1000],
-            "complete": not given_up,
-        }
+        "failed_shards": len(given_up),
+        "first_failed_shards": sorted(given_up)[:1000],
+        "complete": not given_up,
+    } | dataclasses.asdict(count_samples(table))
     problems = []
     num_committed = sum(state.totals.commits for state in states)
     if len(table) != num_committed:
@@ -291,22 +286,44 @@ def _summary_problems(job: Job, manifest: Manifest, states: list[LedgerState]) -
     return problems
 
 
+def _changed_problems(manifest: Manifest, newest: Manifest) -> list[str]:
+    """What an earlier manifest says that the newest does not repeat: a generation only adds."""
+    generation = manifest.summary.generation
+    repeated = newest.table.filter(pc.less_equal(newest.table["generation"], generation))
+    if manifest.table.drop_columns("first_row").equals(repeated.drop_columns("first_row")):
+        return []
+    return [f"manifest/{generation:04d}.parquet: a later manifest does not list the same files for its generations"]
+
+
 def _given_up(states: list[LedgerState]) -> set[int]:
-    """Shards that were given up in the last generation that tried them."""
-    given_up: set[int] = set()
-    for state in states:
-        given_up = {shard for shard in given_up if (shard, 0) not in state.committed} | set(state.given_up)
-    return given_up
+    """Shards that were given up and that no generation so far has committed."""
+    tried = {shard for state in states for shard in state.given_up}
+    return {shard for shard in tried if not any((shard, 0) in state.committed for state in states)}
 
 
 # --- nothing missing, nothing left over
 
 
+def _check_parts(storage: Storage, result: Verification, generations: list[int], shards: set[int]) -> None:
+    """Hold the parts of each shard that has several against each other; the last speaks for the shard."""
+    parts: dict[int, list[Commit]] = {}
+    for generation in generations if shards else []:
+        for commit in iter_commits(storage, generation):
+            if commit.shard in shards:
+                parts.setdefault(commit.shard, []).append(commit)
+    for commits in parts.values():
+        commits.sort(key=lambda commit: commit.part)
+        result.problems += check_shard_parts(storage, commits)
+        result.samples -= sum(commit.samples for commit in commits[:-1])
+        result.failed -= sum(commit.failed for commit in commits[:-1])
+
+
 def _account_for_shards(
-    result: Verification, states: list[LedgerState], planned: _PlannedShards, committed: CommittedParts
+    result: Verification, states: list[LedgerState], planned: Plan, committed: CommittedParts
 ) -> None:
     given_up = _given_up(states)
-    missing = planned.missing(committed, given_up)
+    numbers = planned.shards.tolist()
+    missing = [shard for shard in numbers if (shard, 0) not in committed and shard not in given_up]
     if given_up:
         were = "shard was" if len(given_up) == 1 else "shards were"
         result.notes.append(f"{len(given_up):,} {were} given up: {_first_few(sorted(given_up))}.")
@@ -365,8 +382,3 @@ def _in_threads(
 
 def _sum(column: pa.ChunkedArray) -> int:
     return int(pc.sum(column).as_py() or 0)
-
-
-def _max(column: pa.ChunkedArray) -> int | None:
-    value: int | None = pc.max(column).as_py()
-    return value

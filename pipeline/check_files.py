@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -55,6 +56,29 @@ def check_committed_files(storage: Storage, job: Job, commit: Commit) -> Checked
     if positions is not None and failed_positions is not None and commit.part == 0:
         found.problems += _unaccounted_samples(commit, np.union1d(positions, failed_positions))
     return found
+
+
+def check_shard_parts(storage: Storage, commits: Sequence[Commit]) -> list[str]:
+    """Hold the parts of one shard, ascending, against each other: no row twice, every sample in a row or a failure.
+
+    What cannot be read is passed over: `check_committed_files` names it."""
+    last = commits[-1]
+    if commits[0].part != 0:
+        return [f"{last.file}: shard {last.shard} has no part 0"]
+    columns = ["position", "clip", "view"]
+    try:
+        rows = pa.concat_tables([read_parquet(storage.read_bytes(commit.file), columns) for commit in commits])
+        failed = np.zeros(0, np.int64)
+        if last.failures is not None:
+            table = read_parquet(storage.read_bytes(last.failures.file), ["key", "position", "severity"])
+            table = table.filter(pc.and_(pc.equal(table["severity"], "failed"), pc.is_valid(table["key"])))
+            failed = table["position"].drop_null().to_numpy()
+    except (FileNotFoundError, *PARQUET_ERRORS):
+        return []
+    problems = []
+    if len(rows.group_by(columns).aggregate([])) != len(rows):
+        problems.append(f"{last.file}: a row of shard {last.shard} is in two of its parts")
+    return problems + _unaccounted_samples(last, np.union1d(rows["position"].to_numpy(), failed))
 
 
 def _unaccounted_samples(commit: Commit, accounted: npt.NDArray[np.int64]) -> list[str]:

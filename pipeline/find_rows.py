@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, takewhile
 from typing import Any
 
@@ -16,6 +16,7 @@ from pipeline.dataset_files import StoredFile, iter_commits, list_generations, r
 from pipeline.parquet import PARQUET_ERRORS, open_parquet
 from pipeline.storage import Storage
 from schemas.errors import BsqError
+from schemas.manifest import latest_parts
 
 SEARCHED_FILES = 16
 """Files that are read for keys like one that is not there, and for why a sample is missing."""
@@ -34,7 +35,7 @@ class TokenFile:
     min_key: str | None
     max_key: str | None
     failures: str | None
-    """Name of its failure table."""
+    """Name of the shard's failure table; None where a later part of the shard has the one that counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +70,13 @@ def list_token_files(storage: Storage, generation: int | None = None) -> Iterato
     manifest = read_manifest(storage, generation)
     assert manifest is not None
     columns = ["shard", "part", "file", "url", "rows", "min_key", "max_key", "failures_file"]
+    counts = latest_parts(manifest.table)
+    first = 0
     for batch in manifest.table.select(columns).to_batches(max_chunksize=4096):
-        for row in batch.to_pylist():
-            yield TokenFile(*(row[name] for name in columns))
+        for row, is_latest in zip(batch.to_pylist(), counts[first : first + len(batch)], strict=True):
+            source = TokenFile(*(row[name] for name in columns))
+            yield source if is_latest else replace(source, failures=None)
+        first += len(batch)
 
 
 def find_rows(storage: Storage, key: str, *, shard: int | None = None, generation: int | None = None) -> list[FoundRow]:
