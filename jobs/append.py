@@ -7,11 +7,11 @@ from typing import Any
 from jobs.begin import resolve_append
 from jobs.driver import Observer
 from jobs.finish import is_finished
-from jobs.generation import begin_generation, command_of, open_generation, tell_changed_selection, tell_selection
+from jobs.generation import begin_generation, open_generation, tell_changed_selection, tell_selection
 from jobs.outcome import JobOutcome
 from jobs.start import Execution, RunnerKind, holding_lease, run_generation
 from pipeline.dataset_files import read_job
-from pipeline.generations import Plan, list_begun, read_generation, read_plans
+from pipeline.generations import Plan, command_of, list_begun, read_generation, read_plans
 from pipeline.storage import Storage, printable_url
 from schemas.errors import Refused, SpecError
 from schemas.jobspec import JobSpec

@@ -11,21 +11,13 @@ import pyarrow as pa
 
 from jobs.begin import created_by
 from pipeline.dataset_files import plan_name, read_manifest, serialise_plan
-from pipeline.generations import Plan, generation_name, read_generation, read_plans
+from pipeline.generations import Plan, command_of, generation_name, read_generation, read_plans
 from pipeline.messages import Assignment, EarlierParts
 from pipeline.storage import HIDDEN, Storage, printable_url
 from schemas.errors import LeaseLost, Refused
 from schemas.job import GenerationKind, GenerationRecord, Job
 from schemas.jobspec import JobSpec, selection_differences
 from schemas.lease import Progress
-
-_COMMAND_OF_KIND = {
-    "tokenize": "bsq tokenize",
-    "append": "bsq tokenize --append",
-    "retry": "bsq retry",
-    "retry-samples": "bsq retry --samples",
-    "retry-damaged": "bsq retry --damaged",
-}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -144,11 +136,6 @@ def _with_credentials(storage: Storage, kind: GenerationKind, plan: Plan, given:
             f"`{command_of(kind)}` command with the full URLs: it goes on where it stopped."
         )
     return urls
-
-
-def command_of(kind: GenerationKind) -> str:
-    """The command that begins such a generation, without its arguments."""
-    return _COMMAND_OF_KIND[kind]
 
 
 def tell_selection(

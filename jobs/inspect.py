@@ -13,7 +13,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs.display import describe_bytes
-from jobs.generation import command_of
 from pipeline.dataset_files import (
     JOB_NAME,
     LEASE_NAME,
@@ -26,7 +25,7 @@ from pipeline.dataset_files import (
     read_manifest,
     read_plan,
 )
-from pipeline.generations import list_begun, read_generation
+from pipeline.generations import command_of, list_begun, read_generation
 from pipeline.parquet import PARQUET_ERRORS, open_parquet, read_parquet
 from pipeline.storage import Storage, printable_url
 from schemas.errors import BsqError, SpecError

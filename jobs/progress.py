@@ -4,20 +4,40 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
 from jobs.lease import is_dead, read_lease
-from pipeline.dataset_files import LedgerState, read_job, read_ledger, read_manifest_summary, read_plan
+from pipeline.dataset_files import (
+    LedgerState,
+    StoredFile,
+    iter_commits,
+    manifest_table_name,
+    read_job,
+    read_ledger,
+    read_manifest_summary,
+    read_plan,
+)
+from pipeline.generations import command_of, list_begun, read_generation
 from pipeline.messages import Heartbeat
+from pipeline.parquet import PARQUET_ERRORS, read_parquet
 from pipeline.storage import Storage
-from schemas.errors import SpecError
+from schemas.errors import BsqError, SpecError, WorkerCrash
+from schemas.job import GenerationKind
 from schemas.lease import Lease, Progress
 from schemas.ledger import Commit
-from schemas.manifest import ManifestSummary
+from schemas.manifest import ManifestSummary, latest_parts
 
 RATE_WINDOW_SECONDS = 60.0
+SHOWN_FAILURES = 5
+SHOWN_CHARS = 160
+SEARCHED_TABLES = 8
+"""Failure tables that are read for samples to show."""
 
 
 class ProgressMeter:
@@ -99,6 +119,34 @@ class ProgressMeter:
         )
 
 
+class FailedShard(BaseModel):
+    """A shard that was given up."""
+
+    model_config = ConfigDict(frozen=True)
+
+    shard: int
+    error: str | None = None
+    """Class and message are in the ledger, which is not read for a finished dataset."""
+    message: str | None = None
+
+    def describe(self) -> str:
+        return f"shard {self.shard}" + (f": {self.error}: {self.message}" if self.error else "")
+
+
+class FailedSample(BaseModel):
+    """A sample without rows, or without all of them."""
+
+    model_config = ConfigDict(frozen=True)
+
+    shard: int
+    key: str
+    error: str
+    message: str
+
+    def describe(self) -> str:
+        return f"shard {self.shard}, key {self.key!r}: {self.error}: {self.message}"
+
+
 class Status(BaseModel):
     """What `bsq status` says of a dataset."""
 
@@ -107,9 +155,18 @@ class Status(BaseModel):
     url: str
     state: str
     """running, interrupted, complete, or incomplete (finished, but shards failed)."""
+    generation: int
+    """The newest generation that was begun."""
+    kind: GenerationKind
+    """What it does."""
     progress: Progress
+    """Of that generation; of the whole dataset where it is finished."""
     driver: str | None = None
     """Who drives it, if anybody."""
+    failed_shards: list[FailedShard] = []
+    """The first few; empty while a driver is at work."""
+    failed_samples: list[FailedSample] = []
+    """A few, those that end their decoder first; empty while a driver is at work."""
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=1)
@@ -117,8 +174,9 @@ class Status(BaseModel):
     def describe(self) -> str:
         """A few lines for people."""
         p = self.progress
+        which = f", generation {self.generation} (`{command_of(self.kind)}`)" if self.generation else ""
         lines = [
-            f"{self.url}: {self.state}" + (f", driven by {self.driver}" if self.driver else ""),
+            f"{self.url}: {self.state}{which}" + (f", driven by {self.driver}" if self.driver else ""),
             f"  shards    {p.committed:,} of {p.shards:,} committed"
             + (f", {p.failed_shards:,} failed" if p.failed_shards else "")
             + (f", {p.partial_shards:,} partial" if p.partial_shards else ""),
@@ -132,9 +190,19 @@ class Status(BaseModel):
                 f"  waiting   device {p.device_wait:.0%} of its time for batches, "
                 f"decoders {p.decode_wait:.0%} for the device"
             )
+        lines += [
+            f"  failed    {_shorten(failure.describe())}" for failure in (*self.failed_shards, *self.failed_samples)
+        ]
         if self.state == "interrupted":
             lines.append(f"  go on     bsq resume {self.url}")
+        elif self.state != "running":
+            lines += [f"  try again bsq retry {self.url}{switch}" for switch in self._switches()]
         return "\n".join(lines)
+
+    def _switches(self) -> list[str]:
+        p = self.progress
+        counts = (p.failed_shards, ""), (p.failed_samples, " --samples"), (p.partial_shards, " --damaged")
+        return [switch for count, switch in counts if count]
 
 
 def progress_of(summary: ManifestSummary) -> Progress:
@@ -159,32 +227,91 @@ def read_status(out: str, storage_options: dict[str, Any] | None = None) -> Stat
 
     Raises SpecError when there is no job."""
     storage = Storage(out, storage_options)
-    if read_job(storage) is None:
+    job = read_job(storage)
+    if job is None:
         raise SpecError(f"{storage.url}: there is no bsqtok dataset here.")
+    generation = list_begun(storage)[-1]
+    status = Status(
+        url=storage.url,
+        state="running",
+        generation=generation,
+        kind=read_generation(storage, job, generation).kind,
+        progress=Progress(),
+    )
     held = read_lease(storage)
     if held is not None:
         lease, age = held
         if age < lease.ttl_seconds and not is_dead(lease):
-            return Status(
-                url=storage.url, state="running", progress=_with_shards(storage, lease), driver=_name_of(lease)
-            )
+            progress = _with_shards(storage, lease, generation)
+            return status.model_copy(update={"progress": progress, "driver": _name_of(lease)})
     try:
-        summary = read_manifest_summary(storage, 0)
+        summary = read_manifest_summary(storage, generation)
     except FileNotFoundError:
-        summary = None
-    if summary is not None:
-        state = "complete" if summary.complete else "incomplete"
-        return Status(url=storage.url, state=state, progress=progress_of(summary))
-    ledger = read_ledger(storage, 0, keep_commits=False)
-    meter = ProgressMeter(len(read_plan(storage, 0)), ledger)
-    return Status(url=storage.url, state="interrupted", progress=meter.progress())
+        return status.model_copy(update=_read_unfinished(storage, generation))
+    return status.model_copy(
+        update={
+            "state": "complete" if summary.complete else "incomplete",
+            "progress": progress_of(summary),
+            "failed_shards": [FailedShard(shard=shard) for shard in summary.first_failed_shards[:SHOWN_FAILURES]],
+            "failed_samples": _read_failed_samples(storage, generation) if summary.failed else [],
+        }
+    )
 
 
-def _with_shards(storage: Storage, lease: Lease) -> Progress:
+def _read_unfinished(storage: Storage, generation: int) -> dict[str, Any]:
+    """What the ledger says of a generation that nobody drives."""
+    ledger = read_ledger(storage, generation, keep_commits=False)
+    commits: Iterable[Commit] = iter_commits(storage, generation) if ledger.totals.failed else ()
+    failed = ((commit.shard, commit.failures.file) for commit in commits if commit.failed and commit.failures)
+    return {
+        "state": "interrupted",
+        "progress": ProgressMeter(len(read_plan(storage, generation)), ledger).progress(),
+        "failed_shards": [
+            FailedShard(shard=shard, error=record.error, message=record.message)
+            for shard, record in sorted(ledger.given_up.items())[:SHOWN_FAILURES]
+        ],
+        "failed_samples": _first_failed_samples(storage, islice(failed, SEARCHED_TABLES)),
+    }
+
+
+def _read_failed_samples(storage: Storage, generation: int) -> list[FailedSample]:
+    """Some failed samples of a finished dataset: four columns of its manifest, and a few failure tables."""
+    name = manifest_table_name(generation)
+    try:
+        columns = ["shard", "part", "failed", "failures_file", "attempt"]
+        table = read_parquet(StoredFile(storage, name), columns)
+    except (FileNotFoundError, *PARQUET_ERRORS) as error:
+        raise BsqError(f"{storage.printable(name)}: it is gone or damaged. Run `bsq verify {storage.url}`.") from error
+    table = table.filter(pa.array(latest_parts(table))).filter(pc.field("failed") > 0)
+    # A sample that ended its worker cost its shard an attempt.
+    rows = table.sort_by([("attempt", "descending"), ("shard", "ascending")]).slice(0, SEARCHED_TABLES).to_pylist()
+    return _first_failed_samples(storage, [(row["shard"], row["failures_file"]) for row in rows])
+
+
+def _first_failed_samples(storage: Storage, tables: Iterable[tuple[int, str]]) -> list[FailedSample]:
+    samples = []
+    for shard, name in tables:
+        try:
+            table = read_parquet(StoredFile(storage, name), ["key", "error", "message", "severity"])
+        except (FileNotFoundError, *PARQUET_ERRORS) as error:
+            raise BsqError(
+                f"{storage.printable(name)}: it is gone or damaged. Run `bsq verify {storage.url}`."
+            ) from error
+        table = table.filter((pc.field("severity") == "failed") & pc.field("key").is_valid())
+        rows = table.drop_columns("severity").to_pylist()
+        samples += [FailedSample(shard=shard, **row) for row in rows]
+    return sorted(samples, key=lambda sample: (sample.error != WorkerCrash.__name__, sample.shard))[:SHOWN_FAILURES]
+
+
+def _with_shards(storage: Storage, lease: Lease, generation: int) -> Progress:
     # The first quarter of a minute has no progress in the lease yet.
     if lease.progress.shards:
         return lease.progress
-    return lease.progress.model_copy(update={"shards": len(read_plan(storage, 0))})
+    return lease.progress.model_copy(update={"shards": len(read_plan(storage, generation))})
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 1] + "…"
 
 
 def _name_of(lease: Lease) -> str:

@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 from jobs.driver import Observer
 from jobs.finish import find_failed_shards, is_finished, sweep_shards
-from jobs.generation import begin_generation, command_of, open_generation, tell_changed_selection, tell_selection
+from jobs.generation import begin_generation, open_generation, tell_changed_selection, tell_selection
 from jobs.outcome import JobOutcome, describe_outcome
 from jobs.progress import progress_of
 from jobs.start import Execution, RunnerKind, holding_lease, run_generation
 from pipeline.dataset_files import LedgerState, read_job, read_manifest
-from pipeline.generations import list_begun, read_generation, read_plans
+from pipeline.generations import command_of, list_begun, read_generation, read_plans
 from pipeline.sources import expand_shards
 from pipeline.storage import Storage
 from schemas.errors import Refused, SpecError

@@ -15,7 +15,15 @@ from pydantic import ValidationError
 from pipeline.dataset_files import GENERATION_FILE, read_plan, read_required
 from pipeline.storage import Storage
 from schemas.errors import BsqError
-from schemas.job import GenerationRecord, Job
+from schemas.job import GenerationKind, GenerationRecord, Job
+
+_COMMAND_OF_KIND = {
+    "tokenize": "bsq tokenize",
+    "append": "bsq tokenize --append",
+    "retry": "bsq retry",
+    "retry-samples": "bsq retry --samples",
+    "retry-damaged": "bsq retry --damaged",
+}
 
 
 def generation_name(generation: int) -> str:
@@ -47,6 +55,11 @@ def read_generation(storage: Storage, job: Job, generation: int) -> GenerationRe
     if (record.fingerprint, record.generation) != (job.fingerprint, generation):
         raise BsqError(f"{storage.printable(name)}: belongs to another dataset or generation. Restore it from a copy.")
     return record
+
+
+def command_of(kind: GenerationKind) -> str:
+    """The command that begins such a generation, without its arguments."""
+    return _COMMAND_OF_KIND[kind]
 
 
 class Plan:
