@@ -190,9 +190,8 @@ class Status(BaseModel):
                 f"  waiting   device {p.device_wait:.0%} of its time for batches, "
                 f"decoders {p.decode_wait:.0%} for the device"
             )
-        lines += [
-            f"  failed    {_shorten(failure.describe())}" for failure in (*self.failed_shards, *self.failed_samples)
-        ]
+        failures: list[FailedShard | FailedSample] = [*self.failed_shards, *self.failed_samples]
+        lines += [f"  failed    {_shorten(failure.describe())}" for failure in failures]
         if self.state == "interrupted":
             lines.append(f"  go on     bsq resume {self.url}")
         elif self.state != "running":
