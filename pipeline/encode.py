@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,8 @@ from schemas.job import TokenizerRecord
 from tokenizer.bsqvit import BSQViT
 from tokenizer.checkpoint import from_pretrained
 from tokenizer.codes import packed_size
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,36 @@ class StubEncoder:
         return {"device": STUB_NAME}
 
 
+class BatchLimits:
+    """How many rows of each shape the device has room for, learned when it runs out of memory."""
+
+    def __init__(self) -> None:
+        self._most: dict[int, int] = {}
+
+    def encode(
+        self, frames_BTCHW: torch.Tensor, encode: Callable[[torch.Tensor], T], free: Callable[[], None]
+    ) -> list[T]:
+        """Encode the rows in as few parts as there is room for, and return what `encode` gives for each.
+
+        Out of memory, `free` is called and the same rows are tried again in halves, which are remembered: the device
+        has no room for more of this shape, now or later.  Raises what `encode` raises when one row is too many."""
+        num_rows, num_frames = frames_BTCHW.shape[:2]
+        while True:
+            most = min(self._most.get(num_frames, num_rows), num_rows)
+            try:
+                return [encode(part_BTCHW) for part_BTCHW in torch.split(frames_BTCHW, most)]
+            except RuntimeError as error:
+                if most == 1 or not _is_out_of_memory(error):
+                    raise
+            # Outside of the handler, which holds on to the tensors of the attempt.
+            free()
+            self._most[num_frames] = min(self._most.get(num_frames, num_rows), (most + 1) // 2)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 class CpuEncoder:
     """Runs the model on the CPU, one batch in each lane with one thread: that scales better over cores than all
     threads on one batch, and leaves the scheduler free to give cores to decoding."""
@@ -87,12 +120,14 @@ class CpuEncoder:
     def __init__(self, model: BSQViT, num_cpus: int) -> None:
         self.num_lanes = num_cpus
         self._model = model.eval()
+        self._limits = BatchLimits()
 
     def submit(self, frames_BTCHW: torch.Tensor, num_rows: int) -> PendingBatch:
         # fp32 bits on the CPU do not depend on the batch size, so a partial batch need not be padded.
         with torch.inference_mode():
-            packed, finite = self._model.encode_packed(frames_BTCHW[:num_rows])
-        return _Done(Encoded(packed.numpy(), finite.numpy()))
+            parts = self._limits.encode(frames_BTCHW[:num_rows], self._model.encode_packed, gc.collect)
+        packed_BO, finite_B = (torch.cat(part) for part in zip(*parts, strict=True))
+        return _Done(Encoded(packed_BO.numpy(), finite_B.numpy()))
 
     def arithmetic(self) -> dict[str, Any]:
         return {
@@ -125,27 +160,15 @@ class CudaEncoder:
         self._model = model.eval().to(device)
         self._device = device
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._most: dict[int, int] = {}
+        self._limits = BatchLimits()
         self._batch_shapes: set[tuple[int, int]] = set()
 
     def submit(self, frames_BTCHW: torch.Tensor, num_rows: int) -> PendingBatch:
-        num_clips, num_frames = frames_BTCHW.shape[:2]
         # The current device belongs to the thread, and threads come and go.
         with torch.cuda.device(self._device), torch.inference_mode():
-            while True:
-                most = self._most.get(num_frames, num_clips)
-                try:
-                    parts = [self._encode(part_BTCHW) for part_BTCHW in torch.split(frames_BTCHW, most)]
-                    break
-                except torch.cuda.OutOfMemoryError:
-                    if most == 1:
-                        raise
-                    # Remembered: the device has no room for more of this shape, now or later.
-                    self._most[num_frames] = (most + 1) // 2
-                    torch.cuda.empty_cache()
-            self._batch_shapes.add((min(most, num_clips), num_frames))
-            packed_BO = torch.cat([packed for packed, _ in parts])
-            finite_B = torch.cat([finite for _, finite in parts])
+            parts = self._limits.encode(frames_BTCHW, self._encode, torch.cuda.empty_cache)
+            self._batch_shapes.add((len(parts[0][0]), frames_BTCHW.shape[1]))
+            packed_BO, finite_B = (torch.cat(part) for part in zip(*parts, strict=True))
             host_packed = torch.empty(packed_BO.shape, dtype=torch.uint8, pin_memory=True)
             host_finite = torch.empty(finite_B.shape, dtype=torch.bool, pin_memory=True)
             host_packed.copy_(packed_BO, non_blocking=True)
