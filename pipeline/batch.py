@@ -12,6 +12,7 @@ import torch
 
 from pipeline.queues import POLL_SECONDS, Stopped
 from pipeline.rows import Row
+from pipeline.sample import ClipView
 
 
 @dataclass(slots=True, eq=False)
@@ -33,7 +34,7 @@ class Batch:
 class Batcher:
     """Fills batches of two shapes: images (T = 1) and clips.
 
-    `add` is called by many decoding threads: places are given out under a lock, pixels are copied outside it.  A
+    `add` is called by many decoding threads: places are given out under a lock, pixels are written outside it.  A
     place is taken only when decoding has ended, so a slow video holds no batch back."""
 
     def __init__(
@@ -58,18 +59,23 @@ class Batcher:
         self.decode_wait_seconds = 0.0
         self.device_wait_seconds = 0.0
 
-    def add(self, frames_TCHW: torch.Tensor, row: Row) -> None:
-        """Copy one clip view into a batch, waiting for a free one.  Raises Stopped."""
-        num_frames = frames_TCHW.shape[0]
-        length = next(length for length in self._lengths if length >= num_frames)
+    def add(self, view: ClipView, row: Row) -> float:
+        """Write one clip view into a batch, waiting for a free one; return the seconds of the writing alone.
+
+        Raises Stopped, and whatever resizing raises: then the row's place is taken, but the row is `spoiled`."""
+        length = next(length for length in self._lengths if length >= view.num_frames)
         batch, place = self._reserve(length, row)
-        target_TCHW = batch.frames_BTCHW[place]
-        target_TCHW[:num_frames].copy_(frames_TCHW)
-        if num_frames < length:
-            target_TCHW[num_frames:] = frames_TCHW[-1]
-        with self._changed:
-            batch.num_copied += 1
-            self._hand_over_if_complete(batch)
+        began = time.monotonic()
+        row.spoiled = True
+        try:
+            view.write_to(batch.frames_BTCHW[place])
+            row.spoiled = False
+        finally:
+            with self._changed:
+                batch.num_copied += 1
+                if batch.closed:
+                    self._hand_over_if_complete(batch)
+        return time.monotonic() - began
 
     def has_ready(self) -> bool:
         """Whether `take` would return at once."""

@@ -23,7 +23,7 @@ from pipeline.preprocess import (
     turn_upright,
     upright_size,
 )
-from pipeline.sample import ClipView, Member
+from pipeline.sample import ClipView, Member, UnresizedFrame
 from pipeline.video import Deadline, PickedFrame, VideoInfo, pick_frames, to_rgb
 from schemas.errors import MediaUnsupported, NoFrames, SampleError, SpecError
 from schemas.jobspec import ClipSpec, LimitsSpec, PreprocessSpec
@@ -93,12 +93,19 @@ class Decoder:
         size = upright_size(width, height, picture.orientation)
         for number in range(self._preprocess.views):
             view = choose_view(*size, self._preprocess, key, number)
-            frame_CHW = self._crop(picture.pixels_HWC, view, picture.orientation)
-            if picture.to_srgb is not None:
-                converted = colour.apply_transform(picture.to_srgb, frame_CHW.permute(1, 2, 0).numpy())
-                frame_CHW = torch.from_numpy(converted).permute(2, 0, 1).contiguous()
             warnings = picture.warnings if number == 0 else []
-            yield ClipView(0, number, frame_CHW.unsqueeze(0), *size, _plain(view.box), view.flipped, warnings=warnings)
+            pixels = self._picture_pixels(picture, view)
+            yield ClipView(0, number, pixels, *size, _plain(view.box), view.flipped, warnings=warnings)
+
+    def _picture_pixels(self, picture: Picture, view: View) -> torch.Tensor | UnresizedFrame:
+        if picture.orientation == 1 and picture.to_srgb is None and not view.flipped:
+            spec = self._preprocess
+            return UnresizedFrame(picture.pixels_HWC, view.box, self._size, spec.filter, spec.engine)
+        frame_CHW = self._crop(picture.pixels_HWC, view, picture.orientation)
+        if picture.to_srgb is not None:
+            converted = colour.apply_transform(picture.to_srgb, frame_CHW.permute(1, 2, 0).numpy())
+            frame_CHW = torch.from_numpy(converted).permute(2, 0, 1).contiguous()
+        return frame_CHW.unsqueeze(0)
 
     def _video_views(self, key: str, payload: bytes) -> Iterator[ClipView]:
         deadline = Deadline(self._limits.decode_timeout_seconds)
@@ -191,7 +198,7 @@ def _clip_views(clip: int, kept: deque[_KeptFrame], info: VideoInfo, views: list
         yield ClipView(
             clip=clip,
             view=number,
-            frames_TCHW=torch.stack([frame.views[number] for frame in kept]),
+            pixels=torch.stack([frame.views[number] for frame in kept]),
             width=info.upright_size[0],
             height=info.upright_size[1],
             crop=_plain(view.box),

@@ -8,6 +8,8 @@ Shapes: `H W` as stored, `S` side of the square, `C` = 3.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -137,18 +139,38 @@ def turn_upright(frame_CHW: torch.Tensor, orientation: int) -> torch.Tensor:
     return frame_CHW.contiguous()
 
 
-def resize_box(pixels_HWC: Pixels, box: Box, size: tuple[int, int], filter: Filter, engine: Engine) -> torch.Tensor:
+def resize_box(
+    pixels_HWC: Pixels,
+    box: Box,
+    size: tuple[int, int],
+    filter: Filter,
+    engine: Engine,
+    out_CHW: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Return one box of a stored frame resized to exactly `size` (width, height), antialiased.
 
-    Nothing outside of the box is looked at.  Returns uint8 [3, height, width], planar."""
+    Nothing outside of the box is looked at.  Returns uint8 [3, height, width], planar: `out_CHW`, where it is given."""
     width, height = size
     region_HWC = pixels_HWC[box.y : box.y + box.height, box.x : box.x + box.width]
     if engine == "pillow":
         resized = Image.fromarray(region_HWC).resize((width, height), _PILLOW_FILTERS[filter])
-        return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
-    region_1CHW = torch.from_numpy(region_HWC).permute(2, 0, 1).unsqueeze(0)
+        frame_CHW = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+        return frame_CHW.contiguous() if out_CHW is None else out_CHW.copy_(frame_CHW)
     # Interleaved pixels seen as channels-last take torch's fast path, and the result is planar.
-    return F.interpolate(region_1CHW, (height, width), mode=filter, antialias=True)[0].contiguous()
+    region_1CHW = torch.from_numpy(region_HWC).permute(2, 0, 1).unsqueeze(0)
+    if out_CHW is None:
+        return F.interpolate(region_1CHW, (height, width), mode=filter, antialias=True)[0].contiguous()
+    if (operator := _operator_with_out(filter)) is None:
+        return out_CHW.copy_(F.interpolate(region_1CHW, (height, width), mode=filter, antialias=True)[0])
+    operator(region_1CHW, (height, width), False, None, None, out=out_CHW.unsqueeze(0))
+    return out_CHW
+
+
+@functools.cache
+def _operator_with_out(filter: Filter) -> Callable[..., torch.Tensor] | None:
+    """What `F.interpolate` calls, in the form that writes into given memory; None where this torch has none."""
+    operator = getattr(torch.ops.aten, f"_upsample_{filter}2d_aa", None)
+    return getattr(operator, "out", None)
 
 
 def check_engine(filter: Filter, engine: Engine) -> None:

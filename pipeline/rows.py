@@ -38,6 +38,8 @@ class Row:
     start: float | None
     frame_times: tuple[float, ...] | None
     tokens: bytes = b""
+    spoiled: bool = False
+    """Its pixels could not be written; what was said about that is a failure of the sample."""
 
     @classmethod
     def of(cls, shard: ShardRows, sample: Sample, sidecars: Sidecars, view: ClipView) -> Row:

@@ -7,7 +7,9 @@ from typing import Literal
 
 import torch
 
+from pipeline.preprocess import Box, Pixels, resize_box
 from schemas.errors import SampleError
+from schemas.jobspec import Engine, Filter
 
 MemberKind = Literal["file", "link", "device", "sparse"]
 
@@ -48,13 +50,30 @@ class Sample:
 
 
 @dataclass(slots=True)
+class UnresizedFrame:
+    """A box of a decoded frame that needs nothing but resizing.
+
+    Resizing it right into its place in a batch saves a pass over its pixels."""
+
+    pixels_HWC: Pixels
+    box: Box
+    size: tuple[int, int]
+    filter: Filter
+    engine: Engine
+
+    def resize(self, out_CHW: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 [3, size, size], planar: `out_CHW`, where it is given."""
+        return resize_box(self.pixels_HWC, self.box, self.size, self.filter, self.engine, out_CHW)
+
+
+@dataclass(slots=True)
 class ClipView:
     """One crop of one clip, ready for the encoder."""
 
     clip: int
     view: int
-    frames_TCHW: torch.Tensor
-    """uint8 [T, 3, size, size], planar, on the CPU."""
+    pixels: torch.Tensor | UnresizedFrame
+    """uint8 [T, 3, size, size], planar, on the CPU; or one frame that is resized when its place is known."""
     width: int
     """Width of the upright source in pixels."""
     height: int
@@ -71,4 +90,18 @@ class ClipView:
 
     @property
     def num_frames(self) -> int:
-        return self.frames_TCHW.shape[0]
+        return self.pixels.shape[0] if isinstance(self.pixels, torch.Tensor) else 1
+
+    @property
+    def frames_TCHW(self) -> torch.Tensor:  # noqa: N802 - the letters name the axes
+        """uint8 [T, 3, size, size], planar, on the CPU."""
+        return self.pixels if isinstance(self.pixels, torch.Tensor) else self.pixels.resize().unsqueeze(0)
+
+    def write_to(self, target_TCHW: torch.Tensor) -> None:
+        """Fill `target_TCHW`, uint8 [T or more, 3, size, size], repeating the last frame to its end."""
+        if not isinstance(self.pixels, torch.Tensor):
+            self.pixels.resize(target_TCHW[0])
+        else:
+            target_TCHW[: self.num_frames].copy_(self.pixels)
+        if self.num_frames < target_TCHW.shape[0]:
+            target_TCHW[self.num_frames :] = target_TCHW[self.num_frames - 1].clone()

@@ -86,9 +86,11 @@ class ShardWorker:
         self._draining = threading.Event()
         self._num_shards_reading_ended = 0
         self._inbox: ByteQueue[Assignment] = ByteQueue(1 << 30, self._stop)
-        self._samples: ByteQueue[tuple[list[Sample], ShardRows]] = ByteQueue(setup.decode_bytes, self._stop)
+        # No more than keeps the decoders busy: what waits long is out of the cache when it is decoded.
+        decode_bytes = setup.decode_bytes or max(16 << 20, setup.num_cpus * (8 << 20))
+        self._samples: ByteQueue[tuple[list[Sample], ShardRows]] = ByteQueue(decode_bytes, self._stop)
         # A chunk is at most a small part of what may wait, so that one more of them hardly passes the bound.
-        self._chunk_bytes = min(CHUNK_BYTES, setup.decode_bytes // 8)
+        self._chunk_bytes = min(CHUNK_BYTES, decode_bytes // 8)
         self._complete: ByteQueue[ShardRows] = ByteQueue(1 << 30, self._stop)
         self._outbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._batcher = Batcher(
@@ -294,7 +296,7 @@ class ShardWorker:
             while (view := next(views, None)) is not None:
                 seconds += time.monotonic() - began
                 num_views += 1
-                self._hand_to_batch(sample, shard, Row.of(shard, sample, sidecars, view), view)
+                seconds += self._hand_to_batch(sample, shard, Row.of(shard, sample, sidecars, view), view)
                 began = time.monotonic()
             seconds += time.monotonic() - began
             if num_views == 0:
@@ -310,11 +312,11 @@ class ShardWorker:
         # Without the lock: a lost count does no harm, the number only has to grow.
         self._progress += 1
 
-    def _hand_to_batch(self, sample: Sample, shard: ShardRows, row: Row, view: ClipView) -> None:
+    def _hand_to_batch(self, sample: Sample, shard: ShardRows, row: Row, view: ClipView) -> float:
         for warning in view.warnings:
             shard.fail_sample(sample, warning)
         shard.hold()
-        self._batcher.add(view.frames_TCHW, row)
+        return self._batcher.add(view, row)
 
     # ---- device
 
@@ -350,6 +352,8 @@ class ShardWorker:
             rows_of_shard.setdefault(id(row.shard), []).append(row)
             num_row_tokens = row.num_frames * tokens_per_frame
             num_tokens += num_row_tokens
+            if row.spoiled:
+                continue
             if encoded.finite[number]:
                 row.tokens = cut_tokens(encoded.packed[number], num_row_tokens, job.tokenizer.bits)
             else:

@@ -99,8 +99,8 @@ class RunSpec(_Section):
     """Images encoded together; clips are batched so that their frames come near the same number."""
     cpus_per_worker: Annotated[int, Field(ge=0)] = 0
     """CPUs that one worker decodes with; 0 shares out what the machine has."""
-    decode_bytes: Annotated[int, Field(ge=1 << 20)] = 256 << 20
-    """Bytes of undecoded members that may wait in one worker."""
+    decode_bytes: Annotated[int, Field(ge=0)] = 0
+    """Bytes of undecoded members that may wait in one worker; 0 is 8 MiB for each of its CPUs, 16 MiB at least."""
     max_attempts: Annotated[int, Field(ge=1)] = 3
     """Attempts at a shard before it is given up."""
     hang_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0

@@ -5,13 +5,17 @@ import time
 from collections.abc import Callable
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline.batch import Batch, Batcher
+from pipeline.preprocess import Box
 from pipeline.queues import Stopped
 from pipeline.rows import Row, ShardRows
+from pipeline.sample import ClipView, UnresizedFrame
 from pipeline.sidecars import Sidecars
+from schemas.jobspec import Engine, Filter
 
 PATIENCE_SECONDS = 20.0
 SIZE = 8
@@ -42,10 +46,14 @@ def row(key: str, shard: ShardRows | None = None) -> Row:
     )
 
 
-def frames(level: int, num_frames: int = 1) -> torch.Tensor:
+def view_of(pixels: torch.Tensor | UnresizedFrame) -> ClipView:
+    return ClipView(0, 0, pixels, width=SIZE, height=SIZE, crop=(0, 0, SIZE, SIZE), flipped=False)
+
+
+def frames(level: int, num_frames: int = 1) -> ClipView:
     """Frames of one level each: `level`, `level` + 1 and so on."""
     levels = torch.arange(level, level + num_frames, dtype=torch.uint8)
-    return levels[:, None, None, None].expand(num_frames, 3, SIZE, SIZE)
+    return view_of(levels[:, None, None, None].expand(num_frames, 3, SIZE, SIZE))
 
 
 def levels(batch: Batch) -> list[list[int]]:
@@ -127,7 +135,7 @@ def test_a_row_whose_pixels_are_still_copied_holds_its_batch_back() -> None:
                 assert go_on.wait(PATIENCE_SECONDS)
             return super().__torch_function__(function, types, args, kwargs or {})
 
-    slow = in_thread(lambda: batches.add(frames(1).as_subclass(SlowFrames), row("slow")))
+    slow = in_thread(lambda: batches.add(view_of(frames(1).frames_TCHW.as_subclass(SlowFrames)), row("slow")))
     assert copying.wait(PATIENCE_SECONDS)
     batches.add(frames(2), row("quick"))
     assert not batches.has_ready()
@@ -136,6 +144,34 @@ def test_a_row_whose_pixels_are_still_copied_holds_its_batch_back() -> None:
     batch = batches.take(never)
     assert [item.key for item in batch.rows] == ["slow", "quick"]
     assert levels(batch) == [[1], [2]]
+
+
+@pytest.mark.parametrize("engine", ["torch", "pillow"])
+@pytest.mark.parametrize("filter", ["lanczos", "bicubic", "bilinear"])
+def test_a_frame_resized_in_its_place_equals_one_resized_before(filter: Filter, engine: Engine) -> None:
+    pixels_HWC = np.random.default_rng(3).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    view = view_of(UnresizedFrame(pixels_HWC, Box(7, 2, 31, 31), (SIZE, SIZE), filter, engine))
+    batches = batcher(images=3)
+    for key in ("a", "b"):
+        batches.add(view, row(key))
+    batches.add(frames(0), row("c"))
+    batch = batches.take(never)
+    before_1CHW = view.frames_TCHW
+    assert before_1CHW.shape == (1, 3, SIZE, SIZE) and before_1CHW.float().std() > 0
+    assert torch.equal(batch.frames_BTCHW[0], before_1CHW)
+    assert torch.equal(batch.frames_BTCHW[1], before_1CHW)
+    assert not batch.frames_BTCHW[2].any()
+
+
+def test_a_row_whose_pixels_cannot_be_written_is_spoiled_and_its_batch_goes_on() -> None:
+    batches = batcher(images=2)
+    spoiled, good = row("spoiled"), row("good")
+    with pytest.raises(RuntimeError):
+        batches.add(view_of(torch.zeros(1, 3, SIZE + 1, SIZE, dtype=torch.uint8)), spoiled)
+    batches.add(frames(7), good)
+    batch = batches.take(never)
+    assert [item.spoiled for item in batch.rows] == [True, False]
+    assert batch.frames_BTCHW[1].unique().tolist() == [7]
 
 
 def test_at_most_the_given_number_of_batches_of_each_shape_is_ever_in_use() -> None:
