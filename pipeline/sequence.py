@@ -219,7 +219,8 @@ class SequenceFormat:
             raise SpecError("a row has no label, and null_label does not say what stands in its place.")
         offset = self.label_offset
         assert offset is not None
-        return np.array([[self.null_label if label is None else offset + label] for label in labels], np.int64)
+        ids = [self.null_label if label is None else offset + label for label in labels]
+        return np.array(ids, np.int64).reshape(len(ids), 1)
 
     def _codes(self, indices_BTHW: Ids) -> Ids:
         """Ids of the codes, int64 [B, T, H, W * G]."""
@@ -230,7 +231,7 @@ class SequenceFormat:
         widths_G = np.array(self.group_bits)
         shifts_G = widths_G[::-1].cumsum()[::-1] - widths_G
         groups: Ids = (indices_BTHW[..., np.newaxis] >> shifts_G & ((1 << widths_G) - 1)) + np.array(self.id_offset)
-        return groups.reshape(*indices_BTHW.shape[:3], -1)
+        return groups.reshape(*indices_BTHW.shape[:3], indices_BTHW.shape[3] * self._num_groups)
 
     @functools.cached_property
     def _id_table(self) -> Ids:
