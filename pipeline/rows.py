@@ -15,6 +15,7 @@ from schemas.failures import Failure
 from schemas.tokenfile import token_schema
 
 if TYPE_CHECKING:
+    from pipeline.missing import MissingSamples
     from pipeline.sample import ClipView, Sample
     from pipeline.sidecars import Sidecars
 
@@ -83,6 +84,8 @@ class ShardRows:
     attempt: int
     url: str
     part: int = 0
+    missing: MissingSamples | None = None
+    """What the shard lacks, where only that is made."""
     rows: list[Row] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     num_samples: int = 0
@@ -91,6 +94,10 @@ class ShardRows:
     partial: bool = False
     aborted: bool = False
     """The attempt has failed; what is still in flight is thrown away."""
+    suspects: frozenset[str] = frozenset()
+    """Keys that are decoded in a child process."""
+    contained: bool = False
+    """Every sample is."""
     seconds: Seconds = field(default_factory=Seconds)
     began: float = field(default_factory=time.monotonic)
     _in_flight: int = 1
@@ -144,6 +151,17 @@ class ShardRows:
         with self._lock:
             self.failures.append(Failure.of_archive(error))
             self.partial = True
+
+    def keep_failures(self, failures: Iterable[Failure]) -> None:
+        """Take rows of the shard's earlier failure table that stay true."""
+        kept = list(failures)
+        with self._lock:
+            self.failures += kept
+            self.partial = self.partial or any(item.key is None for item in kept)
+
+    def has_clip(self, row: Row) -> bool:
+        """Whether an earlier part of the shard holds the clip of `row`."""
+        return self.missing is not None and self.missing.has_clip(row.position, row.clip)
 
     def ordered_rows(self) -> list[Row]:
         """Rows by position, clip and view, without clips of which a view failed."""

@@ -13,17 +13,19 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from pipeline.activities import ActivityBoard, board_bytes
 from pipeline.batch import Batch, Batcher
 from pipeline.byte_stream import ShardStream, open_shard
-from pipeline.decode import Decoder
+from pipeline.decode import Decoder, gave_up
+from pipeline.decoder_process import DecoderProcesses, DecodersUnavailable
 from pipeline.encode import Encoder, PendingBatch, arithmetic_id, batch_shapes, cut_tokens, open_encoder
 from pipeline.group import group_samples
 from pipeline.media import media_kind_of_extension
 from pipeline.messages import (
-    Activity,
     Assignment,
     Heartbeat,
     Message,
@@ -42,7 +44,6 @@ from pipeline.tar import read_members
 from schemas.errors import (
     ArchiveError,
     BsqError,
-    MediaCorrupt,
     NoFrames,
     NonFiniteLatents,
     SampleError,
@@ -53,6 +54,8 @@ log = logging.getLogger("bsqtok.worker")
 
 # Slots of each kind of batch beyond those that the encode lanes hold: one being filled, one waiting.
 SPARE_SLOTS = 2
+SUSPECT_PROCESSES = 4
+"""Children that decode what is not trusted, at most; each holds some hundred megabytes while it is needed."""
 CHUNK_SAMPLES = 32
 CHUNK_BYTES = 4 << 20
 """What a decoder takes at a time: so many pictures, or about so many bytes of them."""
@@ -63,8 +66,10 @@ class ShardWorker:
 
     `poll` returns what happened; nothing is ever raised from a thread into the void."""
 
-    def __init__(self, setup: WorkerSetup) -> None:
-        """Load the tokenizer and start the threads.  Raises SpecError or CheckpointError."""
+    def __init__(self, setup: WorkerSetup, board: Any = None) -> None:
+        """Load the tokenizer and start the threads.  Raises SpecError or CheckpointError.
+
+        `board` is memory for an ActivityBoard that the supervisor shares; left out, only heartbeats tell."""
         self._setup = setup
         job = setup.job
         spec = job.spec
@@ -108,9 +113,16 @@ class ShardWorker:
         self._progress = self._num_rows = self._num_tokens = self._num_samples = 0
         self._num_shards_open = 0
         self._stream: ShardStream | None = None
-        self._activities: dict[str, tuple[str, int, str]] = {}
         self._began = time.monotonic()
-        self._num_decoders = max(1, setup.num_cpus)
+        self._num_decoders = max(1, setup.decode_processes or setup.num_cpus)
+        self._contained = DecoderProcesses(
+            spec.preprocess,
+            spec.clips,
+            spec.limits,
+            most=setup.decode_processes or min(SUSPECT_PROCESSES, self._num_decoders),
+            stop=self._stop,
+        )
+        self._board = ActivityBoard(bytearray(board_bytes(self._num_decoders)) if board is None else board)
         self._threads = [self._thread("read", self._read_shards), self._thread("write", self._write_shards)]
         self._threads += [self._thread(f"decode-{n}", self._decode_samples) for n in range(self._num_decoders)]
         self._threads += [self._thread(f"encode-{n}", self._encode_batches) for n in range(self._encoder.num_lanes)]
@@ -150,7 +162,7 @@ class ShardWorker:
                 num_decoders=self._num_decoders,
                 waiting_bytes=self._samples.num_bytes,
                 batched_bytes=self._batcher.ready_bytes,
-                activities={name: Activity(*doing) for name, doing in list(self._activities.items())},
+                activities=self._board.read(),
             )
 
     def stop(self, timeout_seconds: float = 10.0) -> None:
@@ -160,6 +172,7 @@ class ShardWorker:
         deadline = time.monotonic() + timeout_seconds
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+        self._contained.close()
 
     def drain(self, timeout_seconds: float) -> None:
         """Read nothing more, finish and publish what has been read completely, then stop."""
@@ -174,13 +187,20 @@ class ShardWorker:
     def _read_shards(self) -> None:
         while True:
             self._reader_waits = True
+            self._board.end("read")
             self._batcher.wake()
             assignment = self._inbox.get()
             if self._draining.is_set():
                 raise Stopped
             self._reader_waits = False
-            self._activities["read"] = ("read", assignment.shard, "")
-            shard = ShardRows(shard=assignment.shard, attempt=assignment.attempt, url=assignment.url)
+            self._board.begin("read", "read", assignment.shard)
+            shard = ShardRows(
+                shard=assignment.shard,
+                attempt=assignment.attempt,
+                url=assignment.url,
+                suspects=assignment.suspects,
+                contained=assignment.contained,
+            )
             try:
                 if not self._adopt(assignment):
                     self._read_shard(shard)
@@ -270,13 +290,12 @@ class ShardWorker:
         name = threading.current_thread().name
         spec = self._setup.job.spec
         while True:
-            self._activities.pop(name, None)
+            self._board.end(name)
             samples, shard = self._samples.get()
             if not shard.aborted:
                 sidecars = [read_sidecars(sample.members, spec.carry, spec.limits) for sample in samples]
                 for sample, carried in zip(samples, sidecars, strict=True):
-                    self._activities[name] = ("decode", shard.shard, sample.key)
-                    self._decode_sample(sample, carried, shard)
+                    self._decode_sample(sample, carried, shard, name)
             with self._counts:
                 self._num_undecoded -= 1
                 self._num_samples += len(samples)
@@ -285,29 +304,35 @@ class ShardWorker:
                 self._batcher.wake()
             self._release(shard)
 
-    def _decode_sample(self, sample: Sample, sidecars: Sidecars, shard: ShardRows) -> None:
+    def _decode_sample(self, sample: Sample, sidecars: Sidecars, shard: ShardRows, thread: str) -> None:
         assert sample.media is not None
+        is_trusted = not (self._setup.decode_processes or shard.contained or sample.key in shard.suspects)
+        decoder, doing = (self._decoder, "decode") if is_trusted else (self._contained, "decode in a child")
         seconds, num_views = 0.0, 0
         try:
             for warning in sidecars.warnings:
                 shard.fail_sample(sample, warning)
             began = time.monotonic()
-            views = self._decoder.views(sample.key, sample.media)
+            views = decoder.views(sample.key, sample.media)
+            # Told anew for each view: a watchdog looks how long the next one takes, not the device before it.
+            self._board.begin(thread, doing, shard.shard, sample.key)
             while (view := next(views, None)) is not None:
                 seconds += time.monotonic() - began
                 num_views += 1
+                self._board.begin(thread, "batch", shard.shard, sample.key)
                 seconds += self._hand_to_batch(sample, shard, Row.of(shard, sample, sidecars, view), view)
+                self._board.begin(thread, doing, shard.shard, sample.key)
                 began = time.monotonic()
             seconds += time.monotonic() - began
             if num_views == 0:
                 raise NoFrames("the video is shorter than one clip, and short_clips is drop.")
         except SampleError as error:
             shard.fail_sample(sample, error)
-        except Stopped:
+        except (Stopped, DecodersUnavailable):
             raise
         except Exception as error:
             log.exception("decoding %s of shard %d (%s)", sample.key, shard.shard, shard.url)
-            shard.fail_sample(sample, MediaCorrupt(f"the decoder gave up: {type(error).__name__}: {error}"))
+            shard.fail_sample(sample, gave_up(error))
         shard.add_seconds(decode=seconds)
         # Without the lock: a lost count does no harm, the number only has to grow.
         self._progress += 1
@@ -329,13 +354,13 @@ class ShardWorker:
         name = threading.current_thread().name
         submitted: deque[tuple[Batch, PendingBatch, float]] = deque()
         while True:
-            self._activities.pop(name, None)
+            self._board.end(name)
             if submitted and (len(submitted) == self._encoder.depth or not self._batcher.has_ready()):
                 self._finish_batch(*submitted.popleft())
                 continue
             batch = self._batcher.take(self._is_idle)
             row = batch.rows[0]
-            self._activities[name] = ("encode", row.shard.shard, row.key)
+            self._board.begin(name, "encode", row.shard.shard, row.key)
             began = time.monotonic()
             submitted.append((batch, self._encoder.submit(batch.frames_BTCHW, len(batch.rows)), began))
 
@@ -376,9 +401,9 @@ class ShardWorker:
 
     def _write_shards(self) -> None:
         while True:
-            self._activities.pop("write", None)
+            self._board.end("write")
             shard = self._complete.get()
-            self._activities["write"] = ("write", shard.shard, "")
+            self._board.begin("write", "write", shard.shard)
             value = self._encoder.arithmetic()
             commit = publish_shard(
                 self._storage, self._setup.job, shard, arithmetic=arithmetic_id(value), worker=self._setup.name
