@@ -34,6 +34,7 @@ from pipeline.messages import (
     WorkerBroken,
     WorkerSetup,
 )
+from pipeline.missing import find_missing
 from pipeline.publish import find_published, publish_shard
 from pipeline.queues import POLL_SECONDS, ByteQueue, Stopped
 from pipeline.rows import Row, ShardRows, rows_to_table
@@ -198,11 +199,14 @@ class ShardWorker:
                 shard=assignment.shard,
                 attempt=assignment.attempt,
                 url=assignment.url,
+                part=assignment.part,
                 suspects=assignment.suspects,
                 contained=assignment.contained,
             )
             try:
                 if not self._adopt(assignment):
+                    if assignment.earlier is not None:
+                        shard.missing = find_missing(self._storage, assignment.url, assignment.earlier)
                     self._read_shard(shard)
             except ShardError as error:
                 shard.aborted = True
@@ -217,6 +221,7 @@ class ShardWorker:
     def _read_shard(self, shard: ShardRows) -> None:
         """Read a shard to its end.  Raises ShardError; ArchiveError only where damaged shards shall fail."""
         spec = self._setup.job.spec
+        missing = shard.missing
         began = time.monotonic()
         with open_shard(shard.url, self._setup.storage_options, stop=self._stop) as stream:
             shard.source_bytes, shard.source_etag = stream.size, stream.etag
@@ -228,7 +233,8 @@ class ShardWorker:
                 try:
                     sample = next(samples, None)
                 except ArchiveError as error:
-                    if spec.damaged_shards == "fail":
+                    newly_damaged = missing is not None and not missing.was_damaged
+                    if spec.damaged_shards == "fail" or newly_damaged:
                         raise
                     shard.fail_archive(error)
                     break
@@ -237,7 +243,12 @@ class ShardWorker:
                 if self._draining.is_set():
                     shard.aborted = True
                     raise Stopped
+                if missing is not None and missing.is_past_end(sample.position):
+                    shard.keep_failures(missing.archive_failures())
+                    break
                 shard.num_samples += 1
+                if missing is not None and not missing.wants(sample):
+                    continue
                 if sample.failure is not None:
                     shard.fail_sample(sample, sample.failure)
                     continue
@@ -252,6 +263,9 @@ class ShardWorker:
                     chunk, chunk_bytes = [], 0
                     began = time.monotonic()
         shard.seconds.read += time.monotonic() - began
+        if missing is not None:
+            missing.check_end(shard.num_samples)
+            shard.keep_failures(missing.kept_failures())
         self._hand_on(chunk, chunk_bytes, shard)
         with self._counts:
             self._num_shards_reading_ended += 1
@@ -274,6 +288,7 @@ class ShardWorker:
             self._storage,
             self._setup.job,
             shard=assignment.shard,
+            part=assignment.part,
             attempt=assignment.attempt,
             source_bytes=size,
             source_etag=etag,
@@ -340,6 +355,8 @@ class ShardWorker:
     def _hand_to_batch(self, sample: Sample, shard: ShardRows, row: Row, view: ClipView) -> float:
         for warning in view.warnings:
             shard.fail_sample(sample, warning)
+        if shard.has_clip(row):
+            return 0.0
         shard.hold()
         return self._batcher.add(view, row)
 
