@@ -9,12 +9,10 @@ depend on where a shard was read from."""
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import os
 import stat
 import threading
-import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -25,9 +23,11 @@ import tenacity
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.decompress import GzipReader, ZstdReader, sniff_compression
 from pipeline.queues import Stopped
-from pipeline.storage import printable_error, printable_url
-from schemas.errors import GzipCorrupt, ShardError, ShardForbidden, ShardNotFound, ShardUnreadable, SourceChanged
+from pipeline.read_faults import may_pass, shard_error
+from pipeline.storage import printable_url
+from schemas.errors import ShardError, ShardUnreadable, SourceChanged
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -39,16 +39,6 @@ BUFFER_BYTES = 128 << 10
 
 SKIP_BYTES = 1 << 20
 
-# Per step of decompression.  Input is kept small because zlib copies what it has not used, once for each member of a
-# gzip stream, and a hostile stream has thousands of them; output, because 32 kB of input can make 32 MB.
-COMPRESSED_BYTES = 32 << 10
-DECOMPRESSED_BYTES = 1 << 20
-
-# zstd's own default limit for streams written without --long; a hostile frame could ask for gigabytes.
-MAX_ZSTD_WINDOW_BYTES = 128 << 20
-
-_GZIP_MAGIC = b"\x1f\x8b"
-_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _TAG_FIELDS = ("ETag", "etag", "generation", "md5Hash", "Content-MD5", "Digest")
 _TIME_FIELDS = ("LastModified", "Last-Modified", "last_modified", "mtime")
 
@@ -73,13 +63,13 @@ class ShardStream:
         self.url = source.url
         """For messages: without credentials."""
         raw = io.BufferedReader(source, BUFFER_BYTES)
-        self.compression = _sniff_compression(raw.peek(4))
+        self.compression = sniff_compression(raw.peek(4))
         """"gzip", "zstd" or "" by the first bytes; the name of the shard does not matter."""
         self._reader: io.BufferedReader[Any] = raw
         if self.compression == "gzip":
-            self._reader = io.BufferedReader(cast(Any, _GzipReader(raw)), BUFFER_BYTES)
+            self._reader = io.BufferedReader(cast(Any, GzipReader(raw)), BUFFER_BYTES)
         elif self.compression == "zstd":
-            self._reader = io.BufferedReader(cast(Any, _ZstdReader(raw, source.url)), BUFFER_BYTES)
+            self._reader = io.BufferedReader(cast(Any, ZstdReader(raw, source.url)), BUFFER_BYTES)
         self.read: Callable[[int], bytes] = self._reader.read
         """Return exactly so many bytes, fewer only at the end.  Raises ShardError, GzipCorrupt or Stopped."""
 
@@ -158,7 +148,7 @@ def open_shard(
     try:
         filesystem, path = url_to_fs(url, **options)
     except Exception as error:
-        raise _shard_error(error, shown, options) from error
+        raise shard_error(error, shown, options) from error
     source: _Source
     if isinstance(filesystem, LocalFileSystem):
         source = _LocalSource(path, **common)
@@ -198,7 +188,7 @@ class _Source(io.RawIOBase):
     def _persistently(self, request: Callable[[], T]) -> T:
         """Call `request` until it succeeds, fails for good, or has failed too often.  Raises ShardError, Stopped."""
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(_may_pass),
+            retry=tenacity.retry_if_exception(may_pass),
             stop=tenacity.stop_after_attempt(self._retry.attempts),
             wait=tenacity.wait_random_exponential(
                 multiplier=self._retry.first_wait_seconds, max=self._retry.longest_wait_seconds
@@ -212,7 +202,7 @@ class _Source(io.RawIOBase):
         except (ShardError, Stopped):
             raise
         except Exception as error:
-            raise _shard_error(error, self.url, self._options, position=self.bytes_read) from error
+            raise shard_error(error, self.url, self._options, position=self.bytes_read) from error
 
     def _sleep(self, seconds: float) -> None:
         if self._stop.wait(seconds):
@@ -447,165 +437,3 @@ class _RemoteSource(_Source):
                 self._drop_file()
             self._chunk = self._previous = b""
         super().close()
-
-
-class _GzipReader(io.RawIOBase):
-    """Gzip of any number of members, as parallel compressors write it; every CRC and length is checked."""
-
-    def __init__(self, source: io.BufferedReader[Any]) -> None:
-        self._source = source
-        self._member: Any = zlib.decompressobj(wbits=31)
-        self._member_began = True
-        self._input: bytes = b""
-        self._position = 0
-        self._damage: GzipCorrupt | None = None
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: WriteableBuffer, /) -> int:
-        view = memoryview(buffer).cast("B")
-        while True:
-            if self._damage is not None:
-                raise self._damage
-            if not self._input:
-                self._input = self._source.read1(COMPRESSED_BYTES)
-            if not self._member_began:
-                # Between members: padding of zeros is allowed, as gzip allows it.
-                self._input = self._input.lstrip(b"\0")
-                if not self._input and self._source.peek(1):
-                    continue
-                if not self._input:
-                    return 0
-                self._member, self._member_began = zlib.decompressobj(wbits=31), True
-            if not self._input:
-                raise GzipCorrupt(
-                    f"The gzip stream ends early, after {self._position:,} decompressed bytes. Copy the shard again.",
-                    offset=self._position,
-                )
-            output = self._decompress(min(len(view), DECOMPRESSED_BYTES))
-            if self._member.eof:
-                self._input, self._member_began = self._member.unused_data, False
-            else:
-                self._input = self._member.unconsumed_tail
-            if output:
-                view[: len(output)] = output
-                self._position += len(output)
-                return len(output)
-
-    def _decompress(self, max_length: int) -> bytes:
-        """Return output from `self._input`; where it is damaged, first all that comes before the damage."""
-        # zlib throws away what it made in the call that fails, samples among it, so the call must be repeatable.
-        before = self._member.copy()
-        try:
-            return cast(bytes, self._member.decompress(self._input, max_length))
-        except zlib.error as error:
-            good = _longest_output(before, self._input, max_length)
-            offset = self._position + len(good)
-            self._damage = GzipCorrupt(
-                f"The gzip stream is damaged after {offset:,} decompressed bytes ({str(error).rpartition(': ')[2]}). "
-                "Copy or compress the shard again.",
-                offset=offset,
-            )
-            if not good:
-                raise self._damage from error
-            return good
-
-
-def _longest_output(member: Any, data: bytes, max_length: int) -> bytes:
-    """Return the most output that `member` gives for damaged `data` without failing, found by bisection."""
-    longest = b""
-    low, high = 1, max_length
-    while low <= high:
-        length = (low + high) // 2
-        try:
-            longest = member.copy().decompress(data, length)
-            low = length + 1
-        except zlib.error:
-            high = length - 1
-    return longest
-
-
-class _ZstdReader(io.RawIOBase):
-    """Zstandard of any number of frames.  A cut between blocks shows as an early end, which the tar parser reports."""
-
-    def __init__(self, source: io.BufferedReader[Any], url: str) -> None:
-        try:
-            import zstandard
-        except ImportError as error:
-            raise ShardUnreadable(
-                f"{url}: the shard is compressed with zstd, which needs another package. Run `pip install zstandard`."
-            ) from error
-        self._error: type[Exception] = zstandard.ZstdError
-        decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW_BYTES)
-        self._reader = decompressor.stream_reader(source, read_size=COMPRESSED_BYTES, read_across_frames=True)
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: WriteableBuffer, /) -> int:
-        try:
-            length = int(self._reader.readinto(buffer))
-        except self._error as error:
-            raise GzipCorrupt(
-                f"The zstd stream is damaged after {self._position:,} decompressed bytes ({error}). "
-                "Copy or compress the shard again.",
-                offset=self._position,
-            ) from error
-        self._position += length
-        return length
-
-
-def _sniff_compression(head: bytes) -> str:
-    if head[:2] == _GZIP_MAGIC:
-        return "gzip"
-    return "zstd" if head[:4] == _ZSTD_MAGIC else ""
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return what is behind `error`: fsspec calls every failure to ask a web server "file not found"."""
-    cause = error.__cause__
-    if not isinstance(error, FileNotFoundError) or cause is None:
-        return error
-    is_of_the_net = type(cause).__module__.startswith("aiohttp") or isinstance(cause, ConnectionError | TimeoutError)
-    return cause if is_of_the_net else error
-
-
-def _status(error: BaseException) -> int:
-    status = getattr(error, "status", 0)
-    return status if isinstance(status, int) else 0
-
-
-def _is_unauthorised(error: BaseException) -> bool:
-    return type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
-
-
-def _may_pass(error: BaseException) -> bool:
-    error = _cause(error)
-    lasting = (
-        FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, ImportError,
-        TypeError, ValueError, MemoryError, ShardError, Stopped,
-    )  # fmt: skip
-    if not isinstance(error, Exception) or isinstance(error, lasting) or _is_unauthorised(error):
-        return False
-    if type(error).__name__ == "FileExpired":
-        return False
-    return not (400 <= _status(error) < 500 and _status(error) not in (408, 425, 429))
-
-
-def _shard_error(error: BaseException, url: str, options: Mapping[str, Any], *, position: int = 0) -> ShardError:
-    error = _cause(error)
-    reason = printable_error(error, options).rstrip(".")
-    if isinstance(error, FileNotFoundError | NotADirectoryError) or _status(error) in (404, 410):
-        return ShardNotFound(f"{url}: there is no such shard. Check the URL and that the shard was not moved.")
-    if isinstance(error, PermissionError) or _is_unauthorised(error) or _status(error) in (401, 403):
-        return ShardForbidden(f"{url}: storage does not let us read it ({reason}). Check permissions and credentials.")
-    if type(error).__name__ == "FileExpired":
-        return SourceChanged(
-            f"{url}: the object changed while it was read. Let its writer finish, then run the job again."
-        )
-    if isinstance(error, OSError) and error.errno == errno.EMFILE:
-        return ShardUnreadable(f"{url}: too many open files. Raise the limit with `ulimit -n`.")
-    where = f" at byte {position:,}" if position else ""
-    return ShardUnreadable(f"{url}: storage keeps failing{where} ({reason}). Check the storage and the network.")
