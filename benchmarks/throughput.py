@@ -150,7 +150,7 @@ def job_rate(spec: JobSpec, kind: Any) -> tuple[float, float, float]:
     write_beginning(storage, beginning)
     ledger = read_ledger(storage, 0)
     generation = first_generation(beginning.job, beginning.urls)
-    driver = Driver(storage, beginning.job, generation, ledger, lease, spec, None)
+    driver = Driver(storage, generation, ledger, lease, spec, None)
     runner = _Warm(make_runner(storage, beginning.job, Execution(spec, kind, None, {}), driver.num_left))
     try:
         start_up = time.monotonic() - began

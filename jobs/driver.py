@@ -1,35 +1,33 @@
 """The driver: what is left, who does it, when it is done.  Read this file first.
 
 It holds a bitmap over shards and what is in flight, and nothing per sample.  Every decision follows from the ledger,
-so a driver that is killed at any moment is replaced by the next.  `jobs/start.py` prepares what it
-needs, and ends the generation when it is through."""
+so a driver that is killed at any moment is replaced by the next.  `jobs/start.py` begins a job and calls it,
+`jobs/attempts.py` remembers what failed."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import heapq
 import os
-import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from jobs.attempts import DECODE_HUNG, WORKER_DIED, WORKER_HUNG, ShardQueue
 from jobs.commit import LedgerWriter
 from jobs.generation import Generation
 from jobs.lease import HeldLease
 from jobs.progress import ProgressMeter
-from jobs.runner import Runner, WorkerHandle
+from jobs.runner import Death, Runner, WorkerHandle
 from pipeline.dataset_files import LedgerState
-from pipeline.messages import Assignment, ShardCommitted, ShardFailed, WorkerBroken
+from pipeline.messages import Activity, Assignment, ShardCommitted, ShardFailed, WorkerBroken
 from pipeline.storage import Storage
 from schemas.errors import BsqError, CircuitBreakerOpen, Interrupted
-from schemas.job import Job
 from schemas.jobspec import JobSpec
 from schemas.lease import Progress
 from schemas.ledger import Attempt, GivenUp
@@ -44,10 +42,10 @@ BREAKER_SHARDS = 20
 """Shards failed in a row after which the job stops."""
 BREAKER_FIRST_SHARDS = 10
 """When more than half of the samples of this many first shards fail, the job stops."""
-BACKOFF_SECONDS = 1.0
-BACKOFF_MOST_SECONDS = 60.0
 MAX_BARREN_DEATHS = 3
-"""Deaths of one worker in a row before it came up after which the job stops."""
+"""Deaths in a row in one worker's place before one came up, after which nobody takes that place any more."""
+DECODE_GRACE_SHARE, DECODE_GRACE_SECONDS = 0.25, 5.0
+"""Given beyond the time limit of a sample, in which a decoder that still looks at the clock ends by itself."""
 DRAIN_SECONDS = 20.0
 WAIT_SECONDS = 0.25
 
@@ -60,11 +58,8 @@ class _Slot:
     in_flight: dict[int, Assignment] = field(default_factory=dict)
     last_progress: int = -1
     last_change: float = field(default_factory=time.monotonic)
-    barren_deaths: int = 0
-    """Deaths in a row of those before this worker, none of which came up."""
     broken: str = ""
     """What the worker said before it was given up."""
-    drained: bool = False
 
 
 class Driver:
@@ -73,7 +68,6 @@ class Driver:
     def __init__(
         self,
         storage: Storage,
-        job: Job,
         generation: Generation,
         ledger: LedgerState,
         lease: HeldLease,
@@ -81,24 +75,25 @@ class Driver:
         observer: Observer | None,
         resume_command: str = "bsq resume",
     ) -> None:
-        self._storage, self._job, self._generation, self._lease = storage, job, generation, lease
+        self._storage, self._generation, self._lease = storage, generation, lease
         self._resume_command = resume_command
         self._run_spec = spec.run
+        decode_seconds = spec.limits.decode_timeout_seconds
+        self._decode_seconds = decode_seconds * (1 + DECODE_GRACE_SHARE) + DECODE_GRACE_SECONDS
         self._observer = observer or (lambda progress, line: None)
         self._writer = LedgerWriter(storage, ledger.generation, ledger.next_segment, set(ledger.arithmetic))
-        self._attempts = dict(ledger.attempts)
         self._resumed = generation.resumed or bool(ledger.segments)
-        self._open = [
+        shards = [
             shard
             for shard in generation.shards
             if (shard, generation.record.part) not in ledger.committed and shard not in ledger.given_up
         ]
-        self.num_left = len(self._open)
-        self._next = 0
-        self._later: list[tuple[float, int]] = []
-        # Shards in flight when a worker died: tried again by themselves, so that one costs no other an attempt.
-        self._suspects: set[int] = set()
+        self._queue = ShardQueue(shards, ledger.failed_attempts, max_attempts=spec.run.max_attempts)
+        self.num_left = len(shards)
         self._slots: dict[int, _Slot] = {}
+        self._barren_deaths: collections.Counter[int] = collections.Counter()
+        self._num_abandoned = 0
+        self._last_up = time.monotonic()
         self._meter = ProgressMeter(len(generation), ledger)
         self._messages: collections.Counter[str] = collections.Counter()
         self._failed_in_a_row = 0
@@ -128,8 +123,6 @@ class Driver:
         self._metrics = metrics
         with self._signals():
             try:
-                for number in range(min(runner.num_workers, self.num_left)):
-                    self._slots[number] = _Slot(runner.start_worker(number))
                 while self.num_left:
                     if self._interrupted.is_set():
                         self._drain(runner)
@@ -137,10 +130,12 @@ class Driver:
                             f"{self._meter.progress().committed:,} of {len(self._generation):,} shards are committed. "
                             f"Go on with: {self._resume_command}"
                         )
+                    self._start_workers(runner)
                     self._hand_out()
                     runner.wait(WAIT_SECONDS)
                     for number in list(self._slots):
-                        self._attend(runner, number)
+                        self._attend(number)
+                    self._require_workers()
                     self._writer.flush_if_due()
                     self._report()
                     if self._lease.is_due:
@@ -152,34 +147,34 @@ class Driver:
 
     # ---- handing out
 
+    def _start_workers(self, runner: Runner) -> None:
+        """Fill the places there are: at the beginning, after a death, and when a node has joined."""
+        wanted = min(runner.num_workers - self._num_abandoned, self.num_left)
+        for number in range(wanted + len(self._slots)):
+            if len(self._slots) >= wanted:
+                return
+            if number not in self._slots and self._barren_deaths[number] < MAX_BARREN_DEATHS:
+                self._slots[number] = _Slot(runner.start_worker(number))
+
     def _hand_out(self) -> None:
         for slot in self._slots.values():
-            while len(slot.in_flight) < SHARDS_IN_FLIGHT and not self._suspects.intersection(slot.in_flight):
-                shard = self._next_shard(alone=not slot.in_flight)
+            # One that is not up yet may never be; a shard in its hands would wait with it.
+            while slot.handle.heartbeat() is not None and len(slot.in_flight) < SHARDS_IN_FLIGHT:
+                if any(self._queue.is_suspect(shard) for shard in slot.in_flight):
+                    break
+                shard = self._queue.take(alone=not slot.in_flight)
                 if shard is None:
                     break
-                attempt = self._attempts.get(shard, 0) + 1
-                url = self._generation.url(shard)
-                assignment = Assignment(shard, attempt, url, adopt=self._resumed or attempt > 1)
+                assignment = self._queue.assignment(shard, self._generation.url(shard), adopt=self._resumed)
                 assignment = self._generation.complete(assignment)
                 if not slot.in_flight:
                     slot.last_change = time.monotonic()
                 slot.in_flight[shard] = assignment
                 slot.handle.assign(assignment)
 
-    def _next_shard(self, *, alone: bool) -> int | None:
-        if self._later:
-            due, shard = self._later[0]
-            if due <= time.monotonic() and (alone or shard not in self._suspects):
-                return heapq.heappop(self._later)[1]
-        if self._next < len(self._open):
-            self._next += 1
-            return self._open[self._next - 1]
-        return None
-
     # ---- listening
 
-    def _attend(self, runner: Runner, number: int) -> None:
+    def _attend(self, number: int) -> None:
         slot = self._slots[number]
         for message in slot.handle.take_messages():
             if isinstance(message, ShardCommitted):
@@ -188,19 +183,51 @@ class Driver:
                 self._on_failed_attempt(slot, message)
             else:
                 self._on_broken(slot, message)
+        now = time.monotonic()
         heartbeat = slot.handle.heartbeat()
         if heartbeat is not None:
+            self._last_up = now
+            self._barren_deaths.pop(number, None)
             self._meter.heard(number, heartbeat)
             if self._metrics:
                 self._metrics.heard(slot.handle.name, heartbeat)
             if heartbeat.progress != slot.last_progress or not slot.in_flight:
-                slot.last_progress, slot.last_change = heartbeat.progress, time.monotonic()
+                slot.last_progress, slot.last_change = heartbeat.progress, now
         death = slot.handle.death()
-        if death is None and time.monotonic() - slot.last_change > self._run_spec.hang_timeout_seconds:
-            death = self._describe_hang(slot)
-            slot.handle.kill()
-        if death is not None and not slot.drained:
-            self._on_death(runner, number, slot.broken or death)
+        if death is not None:
+            self._on_death(number, Death(slot.broken, death.counts) if slot.broken else death)
+        else:
+            self._watch(number, now)
+
+    def _watch(self, number: int, now: float) -> None:
+        """Kill a worker that decodes one sample for too long, or makes no progress at all."""
+        slot = self._slots[number]
+        activities = slot.handle.activities()
+        overdue = {name: item for name, item in activities.items() if self._is_overdue(item)}
+        if overdue and slot.in_flight:
+            what = f"decoded one sample for more than {self._decode_seconds:.0f} s"
+            self._kill(number, what, overdue, DECODE_HUNG)
+        elif now - slot.last_change > self._run_spec.hang_timeout_seconds:
+            what = f"made no progress for {self._run_spec.hang_timeout_seconds:.0f} s"
+            self._kill(number, what, activities, WORKER_HUNG)
+
+    def _require_workers(self) -> None:
+        seconds = MAX_BARREN_DEATHS * self._run_spec.hang_timeout_seconds
+        if time.monotonic() - self._last_up > seconds:
+            raise BsqError(
+                f"{self._storage.url}: no worker has been up for {seconds:.0f} s. When there is room for one, go on "
+                f"with: {self._resume_command}"
+            )
+
+    def _is_overdue(self, activity: Activity) -> bool:
+        # Decoding in a child has a watchdog of its own, so it goes by another name.
+        return activity.stage == "decode" and activity.seconds > self._decode_seconds
+
+    def _kill(self, number: int, what: str, activities: Mapping[str, Activity], error: str) -> None:
+        handle = self._slots[number].handle
+        handle.kill()
+        doing = "; ".join(_describe(item) for item in activities.values()) or "it never answered"
+        self._on_death(number, Death(f"worker {handle.name} {what} and was killed ({doing})"), error, activities)
 
     def _on_commit(self, slot: _Slot, message: ShardCommitted) -> None:
         commit = message.commit
@@ -209,6 +236,7 @@ class Driver:
         self._writer.add_arithmetic(commit.arithmetic, message.arithmetic)
         self._writer.add(commit)
         self.num_left -= 1
+        self._queue.forget(commit.shard)
         self._failed_in_a_row = 0
         self._meter.committed(commit)
         if self._metrics:
@@ -229,53 +257,30 @@ class Driver:
         if assignment is None:
             return
         self.leaves_strays = True
-        self._fail_attempt(
-            assignment,
+        attempt = Attempt(
+            shard=message.shard,
+            attempt=assignment.attempt,
             stage=message.stage,
             error=message.error,
             message=message.message,
             worker=slot.handle.name,
-            retryable=message.retryable,
+            at=_now(),
         )
+        self._fail(attempt, retryable=message.retryable)
 
-    def _fail_attempt(
-        self,
-        assignment: Assignment,
-        *,
-        stage: str,
-        error: str,
-        message: str,
-        worker: str,
-        retryable: bool,
-        keys_in_flight: list[str] | None = None,
-        counts: bool = True,
-    ) -> None:
-        shard = assignment.shard
-        self._writer.add(
-            Attempt(
-                shard=shard,
-                attempt=assignment.attempt,
-                stage=stage,
-                error=error,
-                message=message,
-                keys_in_flight=keys_in_flight or [],
-                counts=counts,
-                worker=worker,
-                at=_now(),
-            )
-        )
-        attempts = self._attempts[shard] = self._attempts.get(shard, 0) + counts
-        again = retryable and attempts < self._run_spec.max_attempts
+    def _fail(self, attempt: Attempt, *, retryable: bool = True) -> None:
+        shard, message = attempt.shard, attempt.message
+        self._writer.add(attempt)
+        again = self._queue.add_failed(attempt, retryable=retryable)
         if self._metrics:
-            self._metrics.attempt_failed(error, gave_up=not again)
+            self._metrics.attempt_failed(attempt.error, gave_up=not again)
         if again:
-            delay = min(BACKOFF_SECONDS * 2 ** max(0, attempts - 1), BACKOFF_MOST_SECONDS)
-            # Jitter keeps shards that failed together from coming back together.
-            heapq.heappush(self._later, (time.monotonic() + delay * random.uniform(0.5, 1.0), shard))
-            self._say(f"shard {shard}, attempt {assignment.attempt} failed, will be tried again: {message}")
+            self._say(f"shard {shard}, attempt {attempt.attempt} failed, will be tried again: {message}")
             return
-        self._writer.add(GivenUp(shard=shard, attempts=attempts, error=error, message=message, at=_now()))
+        num_attempts = self._queue.num_counted(shard)
+        self._writer.add(GivenUp(shard=shard, attempts=num_attempts, error=attempt.error, message=message, at=_now()))
         self.num_left -= 1
+        self._queue.forget(shard)
         self._meter.gave_up()
         self._messages[message] += 1
         self._failed_in_a_row += 1
@@ -293,42 +298,43 @@ class Driver:
         slot.broken = f"worker {slot.handle.name}: {message.error}"
         slot.handle.kill()
 
-    def _on_death(self, runner: Runner, number: int, reason: str) -> None:
-        slot = self._slots[number]
+    def _on_death(
+        self, number: int, death: Death, error: str = WORKER_DIED, activities: Mapping[str, Activity] | None = None
+    ) -> None:
+        slot = self._slots.pop(number)
         self.leaves_strays = True
-        self._say(reason)
-        heartbeat = slot.handle.heartbeat()
-        activities = list(heartbeat.activities.values()) if heartbeat else []
-        came_up = heartbeat is not None
-        if came_up:
-            self._suspects.update(slot.in_flight)
-        for assignment in slot.in_flight.values():
-            self._fail_attempt(
-                assignment,
+        self._say(death.reason)
+        decoding = (slot.handle.activities() if activities is None else activities).values()
+        for shard, assignment in slot.in_flight.items():
+            keys = [item.key for item in decoding if item.shard == shard and "decode" in item.stage and item.key]
+            # When it is known which key it was, no other shard is to blame.
+            is_guilty = bool(keys) or error != DECODE_HUNG
+            attempt = Attempt(
+                shard=shard,
+                attempt=assignment.attempt,
                 stage="worker",
-                error="WorkerDied",
-                message=reason,
+                error=error if is_guilty else WORKER_DIED,
+                message=death.reason,
+                keys_in_flight=keys,
+                counts=death.counts and is_guilty,
                 worker=slot.handle.name,
-                retryable=True,
-                keys_in_flight=[a.key for a in activities if a.shard == assignment.shard and a.key],
-                counts=came_up,
+                at=_now(),
             )
-        barren = 0 if came_up else slot.barren_deaths + 1
-        if barren >= MAX_BARREN_DEATHS:
-            raise BsqError(f"{reason}, {barren} times in a row before it came up. The log in logs/ has the details.")
-        if self.num_left:
-            self._slots[number] = _Slot(runner.start_worker(number), barren_deaths=barren)
+            self._fail(attempt)
+        if slot.handle.heartbeat() is None:
+            self._abandon_place(number, death.reason)
 
-    def _describe_hang(self, slot: _Slot) -> str:
-        heartbeat = slot.handle.heartbeat()
-        doing = [
-            f"{item.stage} of shard {item.shard}" + (f", key {item.key!r}" if item.key else "")
-            for item in (heartbeat.activities.values() if heartbeat else [])
-        ]
-        return (
-            f"worker {slot.handle.name} made no progress for {self._run_spec.hang_timeout_seconds:.0f} s and was "
-            f"killed ({'; '.join(doing) or 'it never answered'})"
-        )
+    def _abandon_place(self, number: int, reason: str) -> None:
+        """Count a death before the worker came up; after several nobody is started in its place."""
+        self._barren_deaths[number] += 1
+        if self._barren_deaths[number] < MAX_BARREN_DEATHS:
+            return
+        if all(slot.handle.heartbeat() is None for slot in self._slots.values()):
+            raise BsqError(
+                f"{reason}, {MAX_BARREN_DEATHS} times in a row before it came up. The log in logs/ has the details."
+            )
+        self._num_abandoned += 1
+        self._say(f"nobody takes its place: {MAX_BARREN_DEATHS} in a row did not come up")
 
     # ---- ending early
 
@@ -336,7 +342,6 @@ class Driver:
         """Let workers finish what they have read, and record what they publish."""
         self._say("stopping: finishing what has been read; interrupt again to stop at once")
         for slot in self._slots.values():
-            slot.drained = True
             slot.handle.drain()
         deadline = time.monotonic() + DRAIN_SECONDS
         while time.monotonic() < deadline and any(slot.handle.death() is None for slot in self._slots.values()):
@@ -378,6 +383,10 @@ class Driver:
             if self._metrics:
                 self._metrics.progressed(progress)
             self._observer(progress, None)
+
+
+def _describe(activity: Activity) -> str:
+    return f"{activity.stage} of shard {activity.shard}" + (f", key {activity.key!r}" if activity.key else "")
 
 
 def _now() -> str:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from multiprocessing import connection, resource_tracker
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.messages import Assignment, Heartbeat, Message, WorkerBroken, WorkerSetup
+from jobs.runner import Death
+from pipeline.activities import ActivityBoard, board_bytes
+from pipeline.messages import Activity, Assignment, Heartbeat, Message, WorkerBroken, WorkerSetup
 from pipeline.worker import ShardWorker
 from schemas.errors import BsqError
 
@@ -22,6 +25,10 @@ log = logging.getLogger("bsqtok.worker")
 
 HEARTBEAT_SECONDS = 0.5
 DRAIN_SECONDS = 10.0
+KILL_SECONDS = 5.0
+"""For the kernel to end a killed child; one that waits for a lost disk may take for ever."""
+_REQUESTED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+"""How a child is asked to go: by an administrator, or by a machine that is taken away."""
 Command = Assignment | Literal["drain"]
 
 
@@ -55,8 +62,10 @@ class _Child:
         self.name = setup.name
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
+        self._memory = _SharedMemory(board_bytes(setup.num_cpus + setup.decode_processes))
+        self._board = ActivityBoard(self._memory.mapped)
         self._process: SpawnProcess = context.Process(
-            target=_run_child, args=(setup, theirs, log_path), name=setup.name, daemon=True
+            target=_run_child, args=(setup, theirs, log_path, self._memory.path), name=setup.name, daemon=True
         )
         with _blocking_interrupts():
             self._process.start()
@@ -86,25 +95,48 @@ class _Child:
     def heartbeat(self) -> Heartbeat | None:
         return self._heartbeat
 
-    def death(self) -> str | None:
+    def activities(self) -> Mapping[str, Activity]:
+        # From memory that outlives the child: what it did when it died, not when it last said so.
+        return self._board.read()
+
+    def death(self) -> Death | None:
         if not self._hung_up:
             return None
         self._process.join(1.0)
+        self._memory.close()
         code = self._process.exitcode
         if code is not None and code < 0:
-            return f"worker {self.name} was killed by {signal.Signals(-code).name}"
-        return f"worker {self.name} ended with exit code {code}"
+            name = signal.Signals(-code)
+            return Death(f"worker {self.name} was killed by {name.name}", counts=name not in _REQUESTED)
+        return Death(f"worker {self.name} ended with exit code {code}")
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.join()
+        self._process.join(KILL_SECONDS)
         self._hung_up = True
         self.pipe.close()
+        self._memory.close()
 
     def _send(self, command: Command) -> None:
         # A child that is gone shows in death(); what was assigned to it is given to another.
         with contextlib.suppress(OSError, ValueError):
             self.pipe.send(command)
+
+
+class _SharedMemory:
+    """Memory without a name that a child on this host can open; the kernel frees it with the last who holds it."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._descriptor = os.memfd_create("bsqtok-activities")
+        os.ftruncate(self._descriptor, num_bytes)
+        self.mapped = mmap.mmap(self._descriptor, num_bytes)
+        self.path = f"/proc/{os.getpid()}/fd/{self._descriptor}"
+
+    def close(self) -> None:
+        """Let nobody open it any more; `mapped` stays."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 @contextlib.contextmanager
@@ -121,11 +153,13 @@ def _blocking_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _run_child(setup: WorkerSetup, pipe: connection.Connection[Any, Any], log_path: str) -> None:
+def _run_child(setup: WorkerSetup, pipe: connection.Connection[Any, Any], log_path: str, board_path: str) -> None:
     """Body of a child: build the worker, then carry commands in and messages out until the pipe ends."""
     log_to(log_path, setup.name)
     try:
-        worker = ShardWorker(setup)
+        with open(board_path, "r+b") as file:  # noqa: PTH123 - of a descriptor, not of a disk
+            board = mmap.mmap(file.fileno(), 0)
+        worker = ShardWorker(setup, board)
     except BsqError as error:
         pipe.send(([WorkerBroken(error)], None))
         return
@@ -221,8 +255,12 @@ class _Local:
     def heartbeat(self) -> Heartbeat | None:
         return self._worker.heartbeat() if self._worker is not None else None
 
-    def death(self) -> str | None:
-        return f"worker {self.name} was stopped" if self._gone else None
+    def activities(self) -> Mapping[str, Activity]:
+        beat = self.heartbeat()
+        return beat.activities if beat is not None else {}
+
+    def death(self) -> Death | None:
+        return Death(f"worker {self.name} was stopped") if self._gone else None
 
     def drain(self) -> None:
         if self._worker is not None:

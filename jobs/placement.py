@@ -63,12 +63,13 @@ def find_nodes(device: str, ray_address: str | None) -> list[Node]:
 def place_workers(
     nodes: Sequence[Node], *, workers: int, cpus_per_worker: int, num_shards: int, exclusive: bool
 ) -> Placement:
-    """Share out `nodes` to workers: one for each GPU, or one in all, where `workers` is 0; never more than shards.
+    """Share out `nodes` to workers: one for each GPU, or else one for each node, where `workers` is 0; never more than
+    shards.
 
     A worker lies on one node.  Where `cpus_per_worker` is 0 it gets as many CPUs as all can have; otherwise, when
     `exclusive`, no CPU is given out twice.  Raises SpecError when they do not fit."""
     gpus = sum(node.gpus for node in nodes)
-    workers = min(workers or gpus or 1, num_shards)
+    workers = min(workers or gpus or _nodes_with_cpus(nodes) or 1, num_shards)
     if gpus and workers > gpus:
         raise SpecError(f"{workers} workers were asked for, but there are {gpus} GPUs. Ask for {gpus} or fewer.")
     each = 1 if gpus else 0
@@ -93,6 +94,13 @@ def count_room(nodes: Sequence[Node], *, cpus: int, gpus: int) -> int:
     return sum(min(node.cpus // cpus, node.gpus // gpus if gpus else node.cpus) for node in nodes)
 
 
+def count_workers(nodes: Sequence[Node], *, workers: int, cpus: int, gpus: int) -> int:
+    """How many workers of so many CPUs and GPUs each run on `nodes`: all that were asked for, or as many as are placed
+    where `workers` is 0, but none without room."""
+    wanted = workers or (sum(node.gpus for node in nodes) if gpus else _nodes_with_cpus(nodes))
+    return min(wanted, count_room(nodes, cpus=cpus, gpus=gpus))
+
+
 def host_cpus() -> int:
     """CPUs that this process may use: those it is bound to, or fewer where its container has a smaller quota."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -101,6 +109,10 @@ def host_cpus() -> int:
         return max(1, min(cpus, round(int(quota) / int(period))))
     except (OSError, ValueError):
         return cpus  # no cgroup of version 2, or "max": no quota
+
+
+def _nodes_with_cpus(nodes: Sequence[Node]) -> int:
+    return sum(node.cpus > 0 for node in nodes)
 
 
 def _host_gpus() -> int:

@@ -9,11 +9,15 @@ import contextlib
 import logging
 import os
 import socket
+import time
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from jobs.local_runner import DRAIN_SECONDS, HEARTBEAT_SECONDS, log_to
-from jobs.placement import host_cpus
-from pipeline.messages import Assignment, Heartbeat, Message, WorkerBroken, WorkerSetup
+from jobs.placement import Node, count_workers, host_cpus
+from jobs.runner import Death
+from pipeline.messages import Activity, Assignment, Heartbeat, Message, WorkerBroken, WorkerSetup
 from pipeline.worker import ShardWorker
 from schemas.errors import BsqError, SpecError
 
@@ -22,16 +26,23 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 KNOCK_SECONDS = 10.0
 """How long a cluster may take to accept a connection."""
-ACTOR_CALLS = 4
-"""Calls that an actor answers side by side: polls, assignments, and a drain among them."""
+NODES_SECONDS = 5.0
+"""How often the cluster is asked which nodes it has."""
+UNAVAILABLE_SECONDS = 1.0
+"""Between calls to an actor that cannot be reached for the moment."""
+_CALLS = {"commands": 1, "polls": 1}
+"""Calls that run side by side: a poll answers while a shard is assigned or the worker drains, and commands keep their
+order."""
+_INNOCENT_DEATHS = ("its node has died", "killed by `ray.kill`")
+"""How Ray says that an actor's end was not its own doing."""
 
 
 class WorkerActor:
-    """A ShardWorker inside an actor; its calls run side by side so that a heartbeat answers while a shard runs."""
+    """A ShardWorker inside an actor."""
 
     def __init__(self, setup: WorkerSetup, log_path: str) -> None:
         # On another node the folder may not exist; Ray's own log of the actor has it all then.
@@ -44,16 +55,19 @@ class WorkerActor:
         except BsqError as error:
             self._broken.append(WorkerBroken(error))
 
+    @ray.method(concurrency_group="commands")
     def assign(self, assignment: Assignment) -> None:
         if self._worker is not None:
             self._worker.assign(assignment)
 
+    @ray.method(concurrency_group="polls")
     def poll(self, timeout_seconds: float) -> tuple[list[Message], Heartbeat | None]:
         if self._worker is None:
             broken, self._broken = self._broken, []
             return broken, None
         return self._worker.poll(timeout_seconds), self._worker.heartbeat()
 
+    @ray.method(concurrency_group="commands")
     def drain(self) -> list[Message]:
         if self._worker is None:
             return []
@@ -65,26 +79,35 @@ class RayRunner:
     """Starts actors on a cluster of its own on this host, or on the one at `address`."""
 
     def __init__(
-        self, setups: list[WorkerSetup], log_path: str, *, address: str | None, num_gpus: float, num_cpus: int
+        self, setup: WorkerSetup, log_path: str, *, address: str | None, workers: int, num_gpus: int, num_cpus: int
     ) -> None:
-        """Raises SpecError in one line when the cluster cannot be reached."""
-        self._setups = setups
+        """`setup` is that of every worker but for its name; `workers` is how many were asked for, 0 for as many as the
+        nodes have room for.  Raises SpecError in one line when the cluster cannot be reached."""
+        self._setup = setup
         self._log_path = log_path
-        self.num_workers = len(setups)
+        self._asked = workers
+        self._num_gpus, self._num_cpus = num_gpus, num_cpus
         self._handles: dict[int, _Actor] = {}
+        self._num_workers, self._counted = 0, float("-inf")
         connect_ray(address)
-        self._options = {
-            "num_cpus": num_cpus,
-            "num_gpus": num_gpus,
-            "max_restarts": 0,
-            "max_task_retries": 0,
-            "max_concurrency": ACTOR_CALLS,
-        }
-        self._actor_class: Any = ray.remote(WorkerActor)
+        # The stubs of `ray.remote` do not know concurrency groups.
+        remote: Any = ray.remote
+        self._actor_class: Any = remote(
+            num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=0, max_task_retries=0, concurrency_groups=_CALLS
+        )(WorkerActor)
+
+    @property
+    def num_workers(self) -> int:
+        """How many the nodes that are up have room for, of those asked for."""
+        if time.monotonic() - self._counted > NODES_SECONDS:
+            nodes = [Node(*resources) for resources in cluster_nodes()]
+            self._num_workers = count_workers(nodes, workers=self._asked, cpus=self._num_cpus, gpus=self._num_gpus)
+            self._counted = time.monotonic()
+        return self._num_workers
 
     def start_worker(self, number: int) -> _Actor:
-        setup = self._setups[number]
-        handle = _Actor(setup.name, self._actor_class.options(**self._options).remote(setup, self._log_path))
+        setup = replace(self._setup, name=f"{self._setup.name}{number}")
+        handle = _Actor(setup.name, self._actor_class.remote(setup, self._log_path))
         self._handles[number] = handle
         return handle
 
@@ -92,6 +115,11 @@ class RayRunner:
         polls = [handle.polling for handle in self._handles.values() if handle.polling is not None]
         if polls:
             ray.wait(polls, num_returns=1, timeout=timeout_seconds)
+        else:
+            time.sleep(timeout_seconds)
+        if any(handle.death() is not None for handle in self._handles.values()):
+            # With the worker its node may be gone.
+            self._counted = float("-inf")
 
     def close(self) -> None:
         for handle in self._handles.values():
@@ -105,8 +133,9 @@ class _Actor:
         self._actor = actor
         self._heartbeat: Heartbeat | None = None
         self._messages: list[Message] = []
-        self._death: str | None = None
+        self._death: Death | None = None
         self._draining: Any = None
+        self._poll_again = float("inf")
         # The first poll waits for nothing: its answer says that the worker is up.
         self.polling: Any = actor.poll.remote(0)
 
@@ -115,14 +144,20 @@ class _Actor:
             self._actor.assign.remote(assignment)
 
     def take_messages(self) -> list[Message]:
+        if self.polling is None and self._death is None and time.monotonic() > self._poll_again:
+            self.polling = self._actor.poll.remote(0)
         while self.polling is not None and ray.wait([self.polling], timeout=0)[0]:
             try:
                 messages, heartbeat = ray.get(self.polling)
+            except ActorUnavailableError:
+                # It may be dead or only out of reach: Ray knows in a while, and the driver's watchdog waits no longer.
+                self.polling, self._poll_again = None, time.monotonic() + UNAVAILABLE_SECONDS
+                break
             except RayActorError as error:
-                self._die(f"worker {self.name} is gone ({_first_line(error)})")
+                self._die(_describe_death(self.name, error))
                 break
             except RayError as error:
-                self._die(f"worker {self.name} failed ({_first_line(error)})")
+                self._die(Death(f"worker {self.name} failed ({_first_line(error)})"))
                 break
             self._messages += messages
             self._heartbeat = heartbeat or self._heartbeat
@@ -131,14 +166,17 @@ class _Actor:
             with contextlib.suppress(RayError):
                 self._messages += ray.get(self._draining)
             self._draining = None
-            self._die(f"worker {self.name} was stopped")
+            self._die(Death(f"worker {self.name} was stopped"))
         taken, self._messages = self._messages, []
         return taken
 
     def heartbeat(self) -> Heartbeat | None:
         return self._heartbeat
 
-    def death(self) -> str | None:
+    def activities(self) -> Mapping[str, Activity]:
+        return self._heartbeat.activities if self._heartbeat is not None else {}
+
+    def death(self) -> Death | None:
         return self._death
 
     def drain(self) -> None:
@@ -148,11 +186,21 @@ class _Actor:
     def kill(self) -> None:
         with contextlib.suppress(RayError):
             ray.kill(self._actor, no_restart=True)
-        self._die(f"worker {self.name} was killed")
+        self._die(Death(f"worker {self.name} was killed"))
 
-    def _die(self, reason: str) -> None:
-        self._death = self._death or reason
+    def _die(self, death: Death) -> None:
+        self._death = self._death or death
         self.polling = None
+
+
+def _describe_death(name: str, error: RayActorError) -> Death:
+    """What Ray says of the end of an actor, in a line, and whether its work may be to blame."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    innocent = error.preempted or any(phrase in str(error) for phrase in _INNOCENT_DEATHS)
+    # The first lines name the actor; the cause is told after them.
+    cause = next((line for line in lines if line.startswith(("The actor died because", "The actor is dead"))), "")
+    why = "the node was preempted" if error.preempted else (cause or lines[0] if lines else type(error).__name__)
+    return Death(f"worker {name} is gone ({why[:200].rstrip('.')})", counts=not innocent)
 
 
 def cluster_nodes() -> list[tuple[int, int]]:

@@ -3,9 +3,21 @@ the driver's own process; all run the same ShardWorker."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
-from pipeline.messages import Assignment, Heartbeat, Message
+from pipeline.messages import Activity, Assignment, Heartbeat, Message
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """How a worker ended."""
+
+    reason: str
+    """In words for people."""
+    counts: bool = True
+    """Whether what it worked on may be to blame; not for a lost node, a preemption, or a kill that was asked for."""
 
 
 class WorkerHandle(Protocol):
@@ -22,8 +34,11 @@ class WorkerHandle(Protocol):
     def heartbeat(self) -> Heartbeat | None:
         """The last one that arrived; None before the worker is up."""
 
-    def death(self) -> str | None:
-        """Why the worker is gone, in words for people; None while it lives."""
+    def activities(self) -> Mapping[str, Activity]:
+        """What each of its threads does, or did when it was last heard of."""
+
+    def death(self) -> Death | None:
+        """Why the worker is gone; None while it lives."""
 
     def drain(self) -> None:
         """Ask it to read nothing more, finish what is read, and end."""
@@ -35,10 +50,12 @@ class WorkerHandle(Protocol):
 class Runner(Protocol):
     """Starts workers."""
 
-    num_workers: int
+    @property
+    def num_workers(self) -> int:
+        """How many there can be now; changes as nodes come and go."""
 
     def start_worker(self, number: int) -> WorkerHandle:
-        """Start worker `number`, from 0 to num_workers - 1, also in place of one that died."""
+        """Start worker `number`, counted from 0, also in place of one that died."""
 
     def wait(self, timeout_seconds: float) -> None:
         """Return when a worker has news, or after the timeout."""

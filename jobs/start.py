@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -98,7 +98,7 @@ def resume_job(
         return run_generation(storage, job, generation, lease, run, observer)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Execution:
     """How workers are to be run, and the command that says so."""
 
@@ -140,7 +140,7 @@ def run_generation(
     storage.sweep_temporaries(older_than=began)
     ledger = read_ledger(storage, number, keep_commits=False)
     command = execution.command("resume")
-    driver = Driver(storage, job, generation, ledger, lease, execution.spec, observer, command)
+    driver = Driver(storage, generation, ledger, lease, execution.spec, observer, command)
     if driver.has_work:
         runner = make_runner(storage, job, execution, driver.num_left)
         try:
@@ -195,6 +195,7 @@ def make_runner(storage: Storage, job: Job, execution: Execution, num_shards: in
             batch=run.batch,
             decode_bytes=run.decode_bytes,
             device=_device_of(number, gpus, execution.kind),
+            decode_processes=run.decode_processes,
             storage_options=execution.storage_options,
         )
         for number in range(placement.workers)
@@ -203,7 +204,12 @@ def make_runner(storage: Storage, job: Job, execution: Execution, num_shards: in
         from jobs.ray_runner import RayRunner
 
         return RayRunner(
-            setups, _log_path(storage), address=execution.ray_address, num_gpus=1.0 if gpus else 0.0, num_cpus=num_cpus
+            dataclasses.replace(setups[0], name="gpu" if gpus else "cpu"),
+            _log_path(storage),
+            address=execution.ray_address,
+            workers=run.workers,
+            num_gpus=1 if gpus else 0,
+            num_cpus=num_cpus,
         )
     from jobs.local_runner import ChildRunner, InProcessRunner
 

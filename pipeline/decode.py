@@ -24,8 +24,9 @@ from pipeline.preprocess import (
     upright_size,
 )
 from pipeline.sample import ClipView, Member, UnresizedFrame
+from pipeline.steps import decoding
 from pipeline.video import Deadline, PickedFrame, VideoInfo, pick_frames, to_rgb
-from schemas.errors import MediaUnsupported, NoFrames, SampleError, SpecError
+from schemas.errors import MediaCorrupt, MediaUnsupported, NoFrames, SampleError, SpecError
 from schemas.jobspec import ClipSpec, LimitsSpec, PreprocessSpec
 
 Pixels = npt.NDArray[np.uint8]
@@ -60,6 +61,7 @@ class Decoder:
 
         Raises a SampleError when it cannot go on, with `member` and, for a video, `clip` set to the first clip that is
         not there; the clips yielded before stay good."""
+        decoding(key)
         payload = _payload(media)
         try:
             if media_kind(media) == "image":
@@ -163,6 +165,11 @@ class Decoder:
         if orientation != 1:
             frame_CHW = turn_upright(frame_CHW, orientation)
         return frame_CHW.flip(-1) if view.flipped else frame_CHW
+
+
+def gave_up(error: Exception) -> MediaCorrupt:
+    """What is said of a sample for which the decoder raised something unforeseen."""
+    return MediaCorrupt(f"the decoder gave up: {type(error).__name__}: {error}")
 
 
 def media_kind(media: Member) -> str:

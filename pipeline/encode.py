@@ -87,7 +87,7 @@ class BatchLimits:
         self._most: dict[int, int] = {}
 
     def encode(
-        self, frames_BTCHW: torch.Tensor, encode: Callable[[torch.Tensor], T], free: Callable[[], None]
+        self, frames_BTCHW: torch.Tensor, encode: Callable[[torch.Tensor], T], free: Callable[[], object]
     ) -> list[T]:
         """Encode the rows in as few parts as there is room for, and return what `encode` gives for each.
 

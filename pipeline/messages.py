@@ -22,6 +22,8 @@ class WorkerSetup:
     batch: int
     decode_bytes: int
     device: str
+    decode_processes: int = 0
+    """Children that decode; 0 for threads, and children only for samples that are not trusted."""
     storage_options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -52,6 +54,10 @@ class Assignment:
     """The part of the shard that is made: 0 for the whole of it."""
     earlier: EarlierParts | None = None
     """What the shard has; None where the whole of it is made."""
+    suspects: frozenset[str] = frozenset()
+    """Keys that may have ended a worker: decoded in a child process."""
+    contained: bool = False
+    """Decode the whole shard in child processes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +101,8 @@ class Activity:
     stage: str
     shard: int
     key: str
+    seconds: float = 0.0
+    """Since it began."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,14 @@
 """The named points of the commit protocol, at which a test can hold a process to kill it there.
 
 `BSQTOK_HOLD_AT=STEP:FOLDER` makes every process that reaches STEP write FOLDER/STEP.PID and wait there until that
-file is deleted.  Without the variable a step costs one comparison."""
+file is deleted.  Without the variable a step costs one comparison.
+
+`BSQTOK_DECODE_FAULT=FAULT:KEY,...` makes the decoder of a sample do what a broken codec does, wherever it runs:
+`abort` the process, `hang`, `freeze` (hang without letting any other thread of the process run), or be `slow`."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from pathlib import Path
@@ -20,6 +24,7 @@ STEPS = (
     "after_manifest",
 )
 
+_FAULTS = dict(fault.split(":", 1)[::-1] for fault in os.environ.get("BSQTOK_DECODE_FAULT", "").split(",") if fault)
 _HOLD_AT, _, _FOLDER = os.environ.get("BSQTOK_HOLD_AT", "").partition(":")
 
 
@@ -31,3 +36,17 @@ def reached(step: str) -> None:
     marker.touch()
     while marker.exists():
         time.sleep(0.01)
+
+
+def decoding(key: str) -> None:
+    """Tell that the calling process is about to decode the sample `key`."""
+    fault = _FAULTS.get(key) if _FAULTS else None
+    if fault == "abort":
+        os.abort()
+    if fault == "slow":
+        time.sleep(1.0)
+    while fault == "hang":
+        time.sleep(60.0)
+    while fault == "freeze":
+        # Called without giving up the lock of the interpreter.
+        ctypes.PyDLL(None).pause()

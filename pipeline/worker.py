@@ -328,9 +328,9 @@ class ShardWorker:
             for warning in sidecars.warnings:
                 shard.fail_sample(sample, warning)
             began = time.monotonic()
-            views = decoder.views(sample.key, sample.media)
             # Told anew for each view: a watchdog looks how long the next one takes, not the device before it.
             self._board.begin(thread, doing, shard.shard, sample.key)
+            views = decoder.views(sample.key, sample.media)
             while (view := next(views, None)) is not None:
                 seconds += time.monotonic() - began
                 num_views += 1

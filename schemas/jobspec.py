@@ -94,11 +94,14 @@ class RunSpec(_Section):
     """How the job runs.  Nothing here changes a bit or a row."""
 
     workers: Annotated[int, Field(ge=0)] = 0
-    """Workers, one per GPU (or share of the CPUs); 0 is one for each GPU, or one in all where there is none."""
+    """Workers, one per GPU (or share of the CPUs); 0 is one for each GPU, or for each node where there is none."""
     batch: Annotated[int, Field(ge=1, le=65_536)] = 32
     """Images encoded together; clips are batched so that their frames come near the same number."""
     cpus_per_worker: Annotated[int, Field(ge=0)] = 0
     """CPUs that one worker decodes with; 0 shares out what the machine has."""
+    decode_processes: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Child processes that decode, in each worker: slower, but a codec that crashes costs one sample and no worker.
+    0 decodes in threads, and only what may have crashed a worker in children."""
     decode_bytes: Annotated[int, Field(ge=0)] = 0
     """Bytes of undecoded members that may wait in one worker; 0 is 8 MiB for each of its CPUs, 16 MiB at least."""
     max_attempts: Annotated[int, Field(ge=1)] = 3

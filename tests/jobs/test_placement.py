@@ -24,7 +24,7 @@ def fits(nodes: list[Node], workers: int, cpus: int, gpus: int) -> bool:
 @given(nodes=NODES, workers=st.integers(0, 12), cpus=st.integers(0, 9), shards=st.integers(1, 20))
 def test_workers_are_placed_exactly_when_they_fit(nodes: list[Node], workers: int, cpus: int, shards: int) -> None:
     each = 1 if any(node.gpus for node in nodes) else 0
-    wanted = min(workers or sum(node.gpus for node in nodes) or 1, shards)
+    wanted = min(workers or sum(node.gpus for node in nodes) or sum(node.cpus > 0 for node in nodes) or 1, shards)
     try:
         placement = place_workers(nodes, workers=workers, cpus_per_worker=cpus, num_shards=shards, exclusive=True)
     except SpecError as refusal:
