@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 # Importing a module adds its commands.
-from jobs.commands import app, cluster, demo, look, model, plan, retry, tokenize  # noqa: F401
+from jobs.commands import app, cluster, demo, export, look, model, plan, retry, tokenize  # noqa: F401
 from jobs.commands.options import switch
 from schemas.errors import BsqError
 
