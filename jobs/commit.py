@@ -15,7 +15,7 @@ SEGMENT_SECONDS = 5.0
 MERGED_SEGMENTS = 64
 """Segments of one level that become one of the next, so that any job has at most some thousands."""
 MERGED_BYTES = 64 << 20
-"""More than this stays apart: a merge is done in memory."""
+"""What is merged at most into one: a merge is done in memory."""
 
 
 class LedgerWriter:
@@ -77,23 +77,43 @@ class LedgerWriter:
         return any(first <= number <= last and first < last for first, last in bounds)
 
     def _merge(self) -> None:
-        """Merge the last 64 segments of a level into one of the next, as often as that is due.
+        """Merge the last 64 segments of a level into one of the next, or as few as their bytes allow.
 
-        The merged segment is published before its parts are deleted, and the same parts give the same bytes: a
-        driver that dies in between leaves a ledger that reads the same."""
+        A merged segment is published before its parts are deleted, and the same parts give the same bytes: a driver
+        that dies in between leaves a ledger that reads the same."""
         span = MERGED_SEGMENTS
         while self._next_segment % span == 0:
             first, last = self._next_segment - span, self._next_segment - 1
+            listed = self._storage.list(self._folder)
             try:
-                selected = select_segments(self._storage.list(self._folder))
+                selected = select_segments(listed)
             except LookupError:
                 return  # the listing lags behind; a later merge takes these too
-            bounds = {name: segment_range(name) or (0, -1) for name in selected}
-            parts = [name for name in selected if first <= bounds[name][0] <= bounds[name][1] <= last]
-            if len(parts) < 2 or sum(self._storage.size(f"{self._folder}/{name}") for name in parts) > MERGED_BYTES:
-                return
-            data = merge_segments([self._storage.read_bytes(f"{self._folder}/{name}") for name in parts])
-            self._storage.create_only(f"{self._folder}/{segment_name(first, last)}", data)
-            for name in parts:
+            bounds = {name: numbers for name in listed if (numbers := segment_range(name)) is not None}
+            # Parts of a merged segment whose driver died before it deleted them.
+            for name in bounds.keys() - set(selected):
                 self._storage.delete(f"{self._folder}/{name}")
+            parts = [name for name in selected if first <= bounds[name][0] <= bounds[name][1] <= last]
+            for group in self._group(parts):
+                data = merge_segments([self._storage.read_bytes(f"{self._folder}/{name}") for name in group])
+                merged = segment_name(bounds[group[0]][0], bounds[group[-1]][1])
+                self._storage.create_only(f"{self._folder}/{merged}", data)
+                for name in group:
+                    self._storage.delete(f"{self._folder}/{name}")
             span *= MERGED_SEGMENTS
+
+    def _group(self, names: list[str]) -> list[list[str]]:
+        """Neighbours that together are no larger than a merged segment may be, two or more of them.
+
+        Two groups that follow each other are larger together, so however long a ledger is, the bytes of two of its
+        segments are more than that on average, but for some of each level."""
+        groups: list[list[str]] = [[]]
+        num_bytes = 0
+        for name in names:
+            size = self._storage.size(f"{self._folder}/{name}")
+            if num_bytes + size > MERGED_BYTES:
+                groups.append([])
+                num_bytes = 0
+            groups[-1].append(name)
+            num_bytes += size
+        return [group for group in groups if len(group) > 1]

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from schemas.errors import BsqError
 
 SEGMENT_DIGITS = 9
+_KIND = re.compile(rb'\{"kind":"(\w+)"')
 _SEGMENT = re.compile(r"^(\d{9})(?:-(\d{9}))?\.jsonl$")
 
 
@@ -143,12 +144,28 @@ def parse_lines(data: bytes, *, name: str) -> Iterable[Commit | Attempt | GivenU
 
 
 def merge_segments(parts: Iterable[bytes]) -> bytes:
-    """Join segments, in order, into one that begins with a summary of what it holds."""
-    lines = [line for part in parts for line in part.splitlines() if line.strip()]
-    records = [line for line in lines if json.loads(line)["kind"] != "summary"]
-    counts = Counter(json.loads(line)["kind"] for line in records)
+    """Join segments, in order, into one that begins with a summary of what it holds.
+
+    Records of a part that has a summary itself are passed on unread."""
+    counts: Counter[str] = Counter()
+    bodies = []
+    for part in parts:
+        first, _, rest = part.partition(b"\n")
+        if first.startswith(b'{"kind":"summary"'):
+            counts.update(Summary.model_validate_json(first).counts)
+            bodies.append(rest)
+        else:
+            lines = [line for line in part.splitlines() if line.strip()]
+            counts.update(map(_kind, lines))
+            bodies.append(b"".join(line + b"\n" for line in lines))
     summary = Summary(counts=dict(sorted(counts.items())))
-    return b"\n".join([summary.to_line().encode(), *records]) + b"\n"
+    return b"".join([summary.to_line().encode(), b"\n", *bodies])
+
+
+def _kind(line: bytes) -> str:
+    match = _KIND.match(line)
+    kind: str = match[1].decode() if match else json.loads(line)["kind"]
+    return kind
 
 
 def segment_name(first: int, last: int | None = None) -> str:

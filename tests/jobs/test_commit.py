@@ -140,3 +140,45 @@ def test_a_zombie_is_fenced_although_its_number_was_merged_away(storage: Storage
         zombie.flush()
     assert storage.list(FOLDER) == ["000000000-000000063.jsonl"]
     assert shards_of(storage) == list(range(64))
+
+
+@pytest.mark.parametrize("merged_bytes", [64 << 20, 4000])
+def test_a_ledger_has_few_segments_however_many_were_written(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, merged_bytes: int
+) -> None:
+    # Levels of 4, so that few segments have as many levels as a million have of 64.
+    monkeypatch.setattr(jobs.commit, "MERGED_SEGMENTS", 4)
+    monkeypatch.setattr(jobs.commit, "MERGED_BYTES", merged_bytes)
+    ledger = writer(storage)
+    num_bytes, num_levels = 0, 1
+    for shard in range(100):
+        ledger.add(record(shard))
+        num_bytes += len(record(shard).to_line()) + 1
+        ledger.flush()
+        num_levels += (shard + 1) == 4**num_levels
+        # Two neighbours that were not merged have more than a merged segment may have.
+        assert len(storage.list(FOLDER)) <= 3 * num_levels + 2 * num_bytes / merged_bytes + 1
+    assert shards_of(storage) == list(range(100))
+    state = read_ledger(storage, 0)
+    assert state.next_segment == 100
+    sizes = [storage.size(f"{FOLDER}/{name}") for name in state.segments]
+    assert max(sizes) <= merged_bytes + 100, "with the line of its summary"
+    assert storage.read_bytes(f"{FOLDER}/{state.segments[0]}").count(b'"summary"') == 1
+
+
+def test_parts_that_a_dead_driver_left_beside_their_merged_segment_are_removed(storage: Storage) -> None:
+    first = writer(storage)
+    for shard in range(jobs.commit.MERGED_SEGMENTS):
+        first.add(record(shard))
+        first.flush()
+    (merged,) = storage.list(FOLDER)
+    # As if it had died after it published the merged segment, and before it deleted these.
+    lines = storage.read_bytes(f"{FOLDER}/{merged}").splitlines(keepends=True)[1:]
+    for number in (3, 40):
+        storage.publish(f"{FOLDER}/{number:09d}.jsonl", lines[number])
+    second = writer(storage, read_ledger(storage, 0).next_segment)
+    for shard in range(jobs.commit.MERGED_SEGMENTS, 2 * jobs.commit.MERGED_SEGMENTS):
+        second.add(record(shard))
+        second.flush()
+    assert storage.list(FOLDER) == ["000000000-000000063.jsonl", "000000064-000000127.jsonl"]
+    assert shards_of(storage) == list(range(128))
