@@ -22,6 +22,7 @@ from tokenizer.checkpoint import CheckpointFiles, read_checkpoint
 
 STUB_IMAGE_SIZE = 256
 STUB_MAX_FRAMES = 16
+SHOWN_DIFFERENCES = 4
 # What a job that was killed while it began may have left behind; anything else in a folder is not ours.
 _BEGINNINGS = {"lease.json", "tokenizer/", "plan/", "logs/"}
 
@@ -155,8 +156,11 @@ def write_beginning(storage: Storage, beginning: Beginning) -> None:
 
 
 def _other_settings(storage: Storage, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> FingerprintDiffers:
+    differences = differing_fields(ours, theirs)
+    shown = "; ".join(differences[:SHOWN_DIFFERENCES])
+    more = f"; {len(differences) - SHOWN_DIFFERENCES} more" if len(differences) > SHOWN_DIFFERENCES else ""
     return FingerprintDiffers(
-        f"{storage.url}: holds tokens made with other settings ({'; '.join(differing_fields(ours, theirs)[:4])}). "
+        f"{storage.url}: holds tokens made with other settings ({shown}{more}). "
         f"Choose another folder, or ask for the same settings to go on with this one."
     )
 
