@@ -17,7 +17,7 @@ from pipeline.decode import Decoder
 from pipeline.decoder_process import DecoderProcesses
 from pipeline.queues import Stopped
 from pipeline.sample import ClipView, Member
-from schemas.errors import DecodeTimeout, MediaTruncated, SampleError, WorkerCrash
+from schemas.errors import DecodeTimeout, SampleError, WorkerCrash
 from schemas.jobspec import ClipSpec, LimitsSpec, PreprocessSpec
 from tests.tiny_corpus import jpeg, mp4
 
