@@ -108,11 +108,15 @@ class Manifest:
     """One row per token file, in (shard, part) order; columns of `schemas.manifest.MANIFEST_SCHEMA`."""
 
 
-def read_manifest(storage: Storage, generation: int | None = None) -> Manifest | None:
+def read_manifest(
+    storage: Storage, generation: int | None = None, columns: Sequence[str] | None = None
+) -> Manifest | None:
     """The manifest of `generation`, or of the highest one there is; None where no generation is finished.
 
-    Raises BsqError when `generation` is asked for and has none, when a file is damaged, and when the table is not
-    the one that the summary was written for."""
+    `columns` leaves out what is not needed: of a million files all of it takes gigabytes.
+
+    Raises BsqError when `generation` is asked for and has none, when a file is damaged, and when the table is not the
+    one that the summary was written for."""
     if generation is None:
         generations = list_generations(storage)
         if not generations:
@@ -129,7 +133,8 @@ def read_manifest(storage: Storage, generation: int | None = None) -> Manifest |
             f"{storage.printable(name)}: not the file that {manifest_summary_name(generation)} was written for (its "
             f"SHA-256 differs). Restore both from a copy."
         )
-    return Manifest(summary, _parse_table(storage, name, data, MANIFEST_SCHEMA))
+    schema = MANIFEST_SCHEMA if columns is None else pa.schema([MANIFEST_SCHEMA.field(column) for column in columns])
+    return Manifest(summary, _parse_table(storage, name, data, schema))
 
 
 def read_manifest_summary(storage: Storage, generation: int) -> ManifestSummary:
@@ -335,7 +340,7 @@ def _lost(storage: Storage, generation: int) -> BsqError:
 
 def _parse_table(storage: Storage, name: str, data: bytes, schema: pa.Schema) -> pa.Table:
     try:
-        return read_parquet(data).select(schema.names).cast(schema)
+        return read_parquet(data, schema.names).select(schema.names).cast(schema)
     except (*PARQUET_ERRORS, KeyError) as error:
         raise BsqError(f"{storage.printable(name)}: damaged ({error}). Restore it from a copy.") from error
 

@@ -147,6 +147,11 @@ class Storage:
         first, chain, rest = self._given_url.partition("::")
         return f"{first.rstrip('/')}/{name}{chain}{rest}"
 
+    def local_path(self, name: str) -> Path:
+        """Return the path of `name` on a local disk."""
+        assert self.is_local, "an object store has no paths"
+        return self._local(name)
+
     # Reading
 
     def read_bytes(self, name: str) -> bytes:

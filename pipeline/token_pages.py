@@ -1,0 +1,206 @@
+"""Finds the rows of a plain, uncompressed `tokens` column at byte offsets, without decoding it.
+
+Parquet writes a column chunk as pages: a header (Thrift's compact protocol), then the values.  In a plain page of byte
+arrays each value follows its length in four bytes, so rows of one size lie at one stride.  Whatever is not exactly
+that is refused, and then pyarrow decodes the row group instead: slower, and never a different answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+PREFIX_BYTES = 4
+"""Length before each value of a BYTE_ARRAY page."""
+MAX_HEADER_BYTES = 1 << 16
+
+_DATA_PAGE, _DATA_PAGE_V2 = 0, 3
+_PLAIN = 0
+_BOOL_TRUE, _BOOL_FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(1, 13)
+_MAX_DEPTH = 8
+
+Octets = npt.NDArray[np.uint8]
+
+
+class NotPlain(Exception):
+    """The bytes are no plain page of byte arrays, or not all of one."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageHeader:
+    """What the header of a plain data page says."""
+
+    header_bytes: int
+    value_bytes: int
+    num_values: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPlace:
+    """Where the `tokens` of a row group lie in the file."""
+
+    offset: int
+    num_bytes: int
+    """Page headers and pages."""
+    num_rows: int
+
+
+def chunk_place(column: Any, num_rows: int, file_bytes: int) -> ChunkPlace | None:
+    """The bytes of a column chunk, from pyarrow's ColumnChunkMetaData; None when it cannot be read at offsets."""
+    if (
+        column.physical_type != "BYTE_ARRAY"
+        or column.path_in_schema != "tokens"
+        or column.compression != "UNCOMPRESSED"
+        or column.has_dictionary_page
+        or column.total_compressed_size != column.total_uncompressed_size
+        or column.num_values != num_rows
+        or column.file_path
+    ):
+        return None
+    offset, num_bytes = column.data_page_offset, column.total_compressed_size
+    if offset < 4 or num_bytes < 0 or offset + num_bytes > file_bytes - 8:
+        return None
+    return ChunkPlace(offset, num_bytes, num_rows)
+
+
+def parse_page_header(data: bytes | memoryview) -> PageHeader:
+    """Parse the header at the start of `data`.  Raises NotPlain unless it is that of a plain data page without levels.
+
+    Levels: the column must be required and flat, which its schema says and the caller has checked."""
+    reader = _CompactReader(data)
+    header = reader.struct(0)
+    kind = header.get(1)
+    body = header.get(5 if kind == _DATA_PAGE else 8)
+    if kind not in (_DATA_PAGE, _DATA_PAGE_V2) or not isinstance(body, dict):
+        raise NotPlain("no data page")
+    uncompressed, compressed, num_values = header.get(2), header.get(3), body.get(1)
+    if not (isinstance(uncompressed, int) and isinstance(compressed, int) and isinstance(num_values, int)):
+        raise NotPlain("sizes are missing")
+    if uncompressed != compressed or compressed < 0 or num_values < 0:
+        raise NotPlain("a compressed page")
+    if kind == _DATA_PAGE:
+        plain = body.get(2) == _PLAIN
+    else:
+        plain = body.get(4) == _PLAIN and (body.get(2), body.get(5), body.get(6)) == (0, 0, 0)
+    if not plain:
+        raise NotPlain("another encoding, or levels")
+    return PageHeader(reader.place, compressed, num_values)
+
+
+def find_pages(chunk: Octets, num_rows: int) -> list[tuple[int, int, int]]:
+    """Of each page of a column chunk: first byte of its values, their bytes, their number.
+
+    Raises NotPlain unless plain pages fill the chunk and hold `num_rows` rows."""
+    pages = []
+    place = rows = 0
+    view = chunk.data
+    while place < len(chunk):
+        header = parse_page_header(view[place : place + MAX_HEADER_BYTES])
+        first = place + header.header_bytes
+        place = first + header.value_bytes
+        pages.append((first, header.value_bytes, header.num_values))
+        rows += header.num_values
+    if place != len(chunk) or rows != num_rows:
+        raise NotPlain("pages do not add up to their chunk")
+    return pages
+
+
+def fixed_header_bytes(place: ChunkPlace, row_bytes: int) -> int | None:
+    """Bytes before the first row when one page holds the whole chunk and every row has `row_bytes`; None if it cannot.
+
+    The header itself must still be read and checked, by `check_fixed_header`."""
+    header_bytes = place.num_bytes - place.num_rows * (PREFIX_BYTES + row_bytes)
+    return header_bytes if 0 < header_bytes <= MAX_HEADER_BYTES else None
+
+
+def check_fixed_header(data: bytes | memoryview, place: ChunkPlace, row_bytes: int) -> None:
+    """Raise NotPlain unless `data` is exactly the header of one page that holds the chunk in rows of `row_bytes`."""
+    header = parse_page_header(data)
+    expected = PageHeader(len(data), place.num_rows * (PREFIX_BYTES + row_bytes), place.num_rows)
+    if header != expected:
+        raise NotPlain("not one page of rows of one size")
+
+
+def check_prefixes(rows_RO: Octets) -> None:
+    """Raise NotPlain unless every row, prefix included, begins with the length of what follows."""
+    lengths_R = np.ndarray((len(rows_RO),), "<u4", rows_RO, 0, (rows_RO.shape[1],))
+    if not (lengths_R == rows_RO.shape[1] - PREFIX_BYTES).all():
+        raise NotPlain("a row of another size")
+
+
+def row_starts(chunk: Octets, row_bytes_R: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """First byte of each row's tokens in a column chunk of rows of `row_bytes_R` bytes.  Raises NotPlain."""
+    starts_R = np.empty(len(row_bytes_R), np.int64)
+    row = 0
+    for first, num_bytes, num_values in find_pages(chunk, len(row_bytes_R)):
+        steps = row_bytes_R[row : row + num_values] + PREFIX_BYTES
+        if steps.sum() != num_bytes:
+            raise NotPlain("rows of other sizes")
+        starts_R[row : row + num_values] = first + np.cumsum(steps) - steps + PREFIX_BYTES
+        row += num_values
+    octets_R4 = chunk[starts_R[:, np.newaxis] + np.arange(-PREFIX_BYTES, 0)]
+    if not (octets_R4.view("<u4")[:, 0] == row_bytes_R).all():
+        raise NotPlain("rows of other sizes")
+    return starts_R
+
+
+class _CompactReader:
+    """Reads Thrift's compact protocol: structs as dictionaries by field number, everything else only passed over."""
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self._data = data
+        self.place = 0
+
+    def struct(self, depth: int) -> dict[int, Any]:
+        if depth > _MAX_DEPTH:
+            raise NotPlain("structs too deep")
+        values: dict[int, Any] = {}
+        field = 0
+        while octet := self._octet():
+            kind = octet & 15
+            field = field + (octet >> 4) if octet >> 4 else self._zigzag()
+            values[field] = self._value(kind, depth)
+        return values
+
+    def _value(self, kind: int, depth: int) -> Any:
+        if kind in (_BOOL_TRUE, _BOOL_FALSE):
+            return kind == _BOOL_TRUE
+        if kind == _BYTE:
+            return self._octet()
+        if kind in (_I16, _I32, _I64):
+            return self._zigzag()
+        if kind == _DOUBLE:
+            return self._skip(8)
+        if kind == _BINARY:
+            return self._skip(self._varint())
+        if kind == _STRUCT:
+            return self.struct(depth + 1)
+        # Lists, sets and maps have no place in the headers of pages.
+        raise NotPlain("an unexpected field")
+
+    def _octet(self) -> int:
+        if self.place >= len(self._data):
+            raise NotPlain("a header that ends early")
+        octet = int(self._data[self.place])
+        self.place += 1
+        return octet
+
+    def _varint(self) -> int:
+        value = 0
+        for shift in range(0, 70, 7):
+            octet = self._octet()
+            value |= (octet & 127) << shift
+            if octet < 128:
+                return value
+        raise NotPlain("an endless number")
+
+    def _zigzag(self) -> int:
+        value = self._varint()
+        return (value >> 1) ^ -(value & 1)
+
+    def _skip(self, num_bytes: int) -> None:
+        if num_bytes > len(self._data) - self.place:
+            raise NotPlain("a header that ends early")
+        self.place += num_bytes
