@@ -79,8 +79,10 @@ class DiscriminatorPart:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerPart:
-    """AdamW, its schedule, clipping and the moving average."""
+    """The optimiser, its schedule, clipping and the moving average."""
 
+    method: Literal["adamw", "muon"] = "adamw"
+    """muon: the matrices of the transformers' blocks learn by Muon, the rest by AdamW."""
     steps: int = 1_000_000
     batch_images: int = 32
     """Images in a batch of one process."""
@@ -94,6 +96,9 @@ class OptimizerPart:
     beta2: float = 0.99
     eps: float = 1e-8
     weight_decay: float = 1e-4
+    muon_momentum: float = 0.95
+    muon_rate_factor: float = 2.0
+    """Learning rate of Muon, whose updates are scaled to the size of AdamW's, as a multiple of AdamW's."""
     decay: Literal["matrices", "all"] = "matrices"
     """matrices: no decay on norms, biases and embeddings."""
     warmup_steps: int = 5000
@@ -230,6 +235,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             "quantizer": {"gamma0": 0.0, "codebook_entropy": "bit"},
         },
         "optimizer": {
+            "method": "muon",
             "steps": 20_000,
             "learning_rate": 1.5e-3,
             "per_sample": False,

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from schemas.errors import CheckpointError, printable
+from tokenizer.optimizers import Optimizers
 
 FORMAT = 1
 _NAME = re.compile(r"state-(\d{8,})\.safetensors")
@@ -81,21 +82,21 @@ def load_state(path: Path) -> TrainState:
     return TrainState(tensors, values)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: Optimizers) -> dict[str, Tensor]:
     """The moments of an optimiser as `NUMBER.NAME`, numbered as its parameters are."""
-    state = optimizer.state_dict()["state"]
+    moments = optimizer.moments()
     return {
-        f"{number}.{name}": torch.as_tensor(value) for number, each in state.items() for name, value in each.items()
+        f"{number}.{name}": torch.as_tensor(value) for number, each in moments.items() for name, value in each.items()
     }
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def load_optimizer(optimizer: Optimizers, tensors: Mapping[str, Tensor]) -> None:
     """Put `optimizer_tensors` back."""
-    state: dict[int, dict[str, Tensor]] = {}
+    moments: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         number, _, kind = name.partition(".")
-        state.setdefault(int(number), {})[kind] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        moments.setdefault(int(number), {})[kind] = value
+    optimizer.load_moments(moments)
 
 
 def random_tensors() -> dict[str, Tensor]:

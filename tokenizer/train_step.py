@@ -32,7 +32,8 @@ from tokenizer.losses import (
     quantizer_loss,
     r1_penalty,
 )
-from tokenizer.schedule import clip_gradients, learning_rate_factor, parameter_groups, ramp
+from tokenizer.optimizers import make_optimizers
+from tokenizer.schedule import clip_gradients, learning_rate_factor, ramp
 from tokenizer.train_config import TrainConfig
 
 Metrics = dict[str, Tensor]
@@ -61,8 +62,10 @@ class Learner:
             if each is not None:
                 _copy_from_first_rank(each)
         self.average = MovingAverage(self.model, part.ema)
-        self.optimizer = self._adamw(self.model)
-        self.discriminator_optimizer = self._adamw(self.discriminator) if self.discriminator else None
+        self.optimizer = make_optimizers(self.model, part)
+        self.discriminator_optimizer = (
+            make_optimizers(self.discriminator, part, may_use_muon=False) if self.discriminator else None
+        )
         if config.run.checkpoint_blocks:
             checkpoint_blocks(self.model)
         self._autoencode: Any = (
@@ -89,7 +92,7 @@ class Learner:
         if finite:
             self.optimizer.step()
             self.average.update(self.model)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         metrics["skipped"] = torch.tensor(float(not finite))
         metrics["learning_rate"] = torch.tensor(rate)
         if finite and self._is_adversarial(step):
@@ -148,7 +151,7 @@ class Learner:
         metrics["discriminator_grad_norm"] = clip_gradients(parameters, 0)
         if bool(metrics["discriminator_grad_norm"].isfinite()):
             self.discriminator_optimizer.step()
-        self.discriminator_optimizer.zero_grad(set_to_none=True)
+        self.discriminator_optimizer.zero_grad()
         return metrics
 
     def _is_adversarial(self, step: int) -> bool:
@@ -163,19 +166,10 @@ class Learner:
             total_steps=part.steps,
             cosine_to=part.cosine_to,
         )
-        factors = (
-            (self.optimizer, 1.0),
-            (self.discriminator_optimizer, self.config.discriminator.learning_rate_factor),
-        )
-        for optimizer, factor in factors:
-            for group in optimizer.param_groups if optimizer is not None else ():
-                group["lr"] = rate * factor
+        self.optimizer.set_learning_rate(rate)
+        if self.discriminator_optimizer is not None:
+            self.discriminator_optimizer.set_learning_rate(rate * self.config.discriminator.learning_rate_factor)
         return rate
-
-    def _adamw(self, module: nn.Module) -> torch.optim.AdamW:
-        part = self.config.optimizer
-        groups = parameter_groups(module, part.weight_decay, part.decay)
-        return torch.optim.AdamW(groups, lr=part.learning_rate, betas=(part.beta1, part.beta2), eps=part.eps)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.model.compute_dtype == torch.float32:
