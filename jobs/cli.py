@@ -10,11 +10,36 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
+from typer.models import CommandInfo
 
 # Importing a module adds its commands.
-from jobs.commands import app, cluster, demo, export, look, model, plan, retry, tokenize  # noqa: F401
+from jobs.commands import app, cluster, demo, export, look, model, plan, report, retry, tokenize  # noqa: F401
 from jobs.commands.options import switch
 from schemas.errors import BsqError
+
+PANELS = (
+    "Begin here",
+    "Run a job",
+    "Look at a dataset",
+    "Use a dataset",
+    "Use the tokens",
+    "Make a tokenizer",
+    "Run on a cluster",
+)
+"""Of the help, in the order in which somebody new needs them."""
+FIRST_OF_PANEL = ("tokenize", "resume", "plan", "status", "inspect", "report", "train")
+"""Commands before the others of their panel."""
+
+
+def _place_in_help(command: CommandInfo) -> tuple[int, int]:
+    panel, name = str(command.rich_help_panel), getattr(command.callback, "__name__", "")
+    return (
+        PANELS.index(panel) if panel in PANELS else len(PANELS),
+        FIRST_OF_PANEL.index(name) if name in FIRST_OF_PANEL else len(FIRST_OF_PANEL),
+    )
+
+
+app.registered_commands.sort(key=_place_in_help)
 
 # typer raises click's errors, from click or from a copy of its own, depending on its version.
 _CommandLineError: type[Any] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")

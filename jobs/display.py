@@ -180,6 +180,11 @@ def describe_bytes(num_bytes: float) -> str:
     return f"{num_bytes:,.{digits}f} {units[-1]}"
 
 
+def plain_text(text: str) -> str:
+    """`text` without control characters: what came from data must not steer a terminal or turn a page around."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 def _describe_failures(progress: Progress) -> str:
     parts = []
     if progress.failed_samples:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from jobs.contact_sheet import Tile, draw_sheet, png_bytes
 from pipeline.dataset_files import read_job
 from pipeline.find_rows import FoundRow, find_rows, like_keys, list_token_files, read_row, why_missing
 from pipeline.storage import Storage
-from schemas.errors import ArchiveError, SampleError, SpecError
+from schemas.errors import SampleError, ShardError, SourceChanged, SpecError
 from schemas.job import Job
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def reconstruct(
     if path.suffix.lower() not in suffixes:
         what = f"a clip of {row.values['frames']} frames" if is_clip else "a picture"
         raise SpecError(f"{path}: {key!r} is {what}; name a file that ends in {', '.join(suffixes)}.")
-    frames_THWC = _Decoding(storage, job, storage_options).frames(row)
+    frames_THWC = TokenDecoder(storage, job, storage_options).frames(row)
     data = _encode_clip(frames_THWC, row, path, job) if is_clip else _encode_image(frames_THWC[0], path)
     Storage(str(path.absolute().parent)).publish(path.name, data)
     return path
@@ -87,7 +87,7 @@ def side_by_side(
     if not rows:
         raise SpecError(f"{storage.url}: the dataset has no rows, so there is nothing to draw.")
     originals = _read_originals(rows, job, storage_options)
-    decoding = _Decoding(storage, job, storage_options)
+    decoding = TokenDecoder(storage, job, storage_options)
     tiles = [_tile(row, originals[index], decoding.frames(row)) for index, row in enumerate(rows)]
     path = Path(target)
     Storage(str(path.absolute().parent)).publish(path.name, png_bytes(draw_sheet(_title(job), tiles)))
@@ -105,10 +105,16 @@ def _tile(row: FoundRow, original_THWC: Frames, decoded_THWC: Frames) -> Tile:
     )
 
 
+def psnr(original: Frames, decoded: Frames) -> float:
+    """Peak signal-to-noise ratio over all pixels of both, in dB; infinite for equal ones."""
+    error = float(np.mean((original.astype(np.float64) - decoded.astype(np.float64)) ** 2))
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
 def describe_psnr(original: Frames, decoded: Frames) -> str:
-    """Peak signal-to-noise ratio over all pixels of both, in dB, for a caption."""
-    error = np.mean((original.astype(np.float64) - decoded.astype(np.float64)) ** 2)
-    return "identical" if error == 0 else f"{10 * np.log10(255**2 / error):.1f} dB"
+    """`psnr` for a caption."""
+    decibels = psnr(original, decoded)
+    return "identical" if decibels == math.inf else f"{decibels:.1f} dB"
 
 
 def _title(job: Job) -> str:
@@ -182,7 +188,7 @@ def _spread_rows(storage: Storage, count: int, generation: int | None) -> list[F
 # --- pixels
 
 
-class _Decoding:
+class TokenDecoder:
     """The dataset's own tokenizer, loaded when first needed."""
 
     def __init__(self, storage: Storage, job: Job, storage_options: Mapping[str, Any] | None) -> None:
@@ -214,46 +220,21 @@ class _Decoding:
 
 
 def _read_originals(rows: Sequence[FoundRow], job: Job, storage_options: Mapping[str, Any] | None) -> dict[int, Frames]:
-    """The frames that went into the encoder, by number in `rows`."""
-    from pipeline.byte_stream import open_shard
-    from pipeline.decode import Decoder
-    from pipeline.group import group_samples
-    from pipeline.tar import read_members
+    """The frames that went into the encoder, by number in `rows`.  Raises for the first that cannot be read again."""
+    from jobs.originals import read_originals
 
-    decoder = Decoder(job.spec.preprocess, job.spec.clips, job.spec.limits)
-    of_shard: dict[tuple[int, str], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for index, row in enumerate(rows):
-        of_shard[row.source.shard, row.source.url][row.values["position"]].append(index)
     originals: dict[int, Frames] = {}
-    for (_, url), wanted in of_shard.items():
-        with open_shard(url, storage_options) as stream:
-            samples = group_samples(read_members(stream, job.spec.limits), job.spec.limits)
-            try:
-                for sample in samples:
-                    for index in wanted.pop(sample.position, ()):
-                        row = rows[index]
-                        if sample.media is None or sample.key != row.values["key"]:
-                            raise SpecError(f"{url}: sample {sample.position} is not {row.values['key']!r} any more.")
-                        originals[index] = _original_frames(decoder.views(sample.key, sample.media), row, url)
-                    if not wanted:
-                        break
-            except ArchiveError as error:
-                if wanted:
-                    raise SpecError(f"{url}: {error}") from error
-        if wanted:
-            raise SpecError(f"{url}: it has fewer samples than when its tokens were made.")
+    for index, frames in read_originals(rows, job, storage_options):
+        if isinstance(frames, np.ndarray):
+            originals[index] = frames
+        elif isinstance(frames, ShardError) and not isinstance(frames, SourceChanged):
+            raise frames
+        elif isinstance(frames, SampleError):
+            row = rows[index]
+            raise SpecError(f"{row.source.url}: {row.values['key']!r} cannot be decoded any more ({frames}).")
+        else:
+            raise SpecError(str(frames)) from frames
     return originals
-
-
-def _original_frames(views: Iterable[Any], row: FoundRow, url: str) -> Frames:
-    try:
-        for each in views:
-            if (each.clip, each.view) == (row.values["clip"], row.values["view"]):
-                frames: Frames = each.frames_TCHW.permute(0, 2, 3, 1).contiguous().numpy()
-                return frames
-    except SampleError as error:
-        raise SpecError(f"{url}: {row.values['key']!r} cannot be decoded any more ({error}).") from error
-    raise SpecError(f"{url}: {row.values['key']!r} has no clip {row.values['clip']} any more.")
 
 
 # --- files

@@ -312,6 +312,22 @@ class _Parser:
         )
 
 
+def plain_header(header: bytes) -> tuple[str, int] | None:
+    """Name and size that a header block gives a plain file; None where it is no header of one.
+
+    For reading a member again at its offset: what an extended header before it said is not in it."""
+    stored = header[148:156]
+    if len(header) < BLOCK_BYTES or header[156:157] not in (b"0", b"\0", b"7"):
+        return None
+    if _number(stored) != sum(header) - sum(stored) + 8 * 32 and not _has_signed_checksum(header):
+        return None
+    raw_name = header[:100].partition(b"\0")[0]
+    if header[345] and header[257:263] == b"ustar\0":
+        raw_name = header[345:500].partition(b"\0")[0] + b"/" + raw_name
+    size = _number(header[124:136])
+    return None if size is None else (raw_name.decode("utf-8", "backslashreplace"), size)
+
+
 def _number(field: bytes) -> int | None:
     """Return the value of a numeric field, octal or in base 256; None when it holds neither."""
     digits = field.rstrip(b"\0 ")

@@ -24,6 +24,7 @@ HOMES = {
     "av": {"pipeline", "jobs.demo_corpus"},
     "fsspec": {"pipeline", "tokenizer.checkpoint"},
     "simplejpeg": {"pipeline"},
+    "jinja2": {"jobs.report"},
 }
 """The packages or modules that may import a library."""
 

@@ -25,15 +25,39 @@ def status(
 
 
 @app.command(rich_help_panel="Look at a dataset")
-def verify(out: OutputFolder, storage_option: StorageOptions = None) -> None:
+def verify(
+    out: OutputFolder,
+    decode: Annotated[
+        int,
+        typer.Option(
+            "--decode",
+            metavar="N",
+            min=0,
+            help="Also tokenize N random rows again from their sources and compare bits. Left out: none.",
+            show_default=False,
+        ),
+    ] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", min=0, help="Chooses the rows of --decode. Left out: 0.")
+    ] = 0,
+    storage_option: StorageOptions = None,
+) -> None:
     """Check every file of the dataset in DIR against job, plan, ledger and manifest, byte by byte.
 
     Ends with exit code 3 and a list when something is wrong."""
     from jobs.verify import verify_dataset
 
-    verification = verify_dataset(out, storage_options=storage_options(storage_option or ()))
+    options = storage_options(storage_option or ())
+    verification = verify_dataset(out, storage_options=options)
     typer.echo(verification.describe())
-    if not verification.ok:
+    ok = verification.ok
+    if decode:
+        from jobs.verify_decode import retokenize
+
+        retokenization = retokenize(out, decode, seed=seed, storage_options=options)
+        typer.echo(retokenization.describe())
+        ok &= retokenization.ok
+    if not ok:
         raise typer.Exit(3)
 
 
