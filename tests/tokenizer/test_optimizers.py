@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -51,7 +53,7 @@ def test_moments_that_are_saved_and_loaded_make_the_same_updates(method):
     other = starting_model(config, CPU)
     other.load_state_dict(model.state_dict())
     resumed = make_optimizers(other, config.optimizer)
-    resumed.load_moments({number: dict(values) for number, values in optimizers.moments().items()})
+    resumed.load_moments(copy.deepcopy(optimizers.moments()))
     resumed.set_learning_rate(1e-3)
     update(model, optimizers, 9)
     update(other, resumed, 9)
