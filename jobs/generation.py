@@ -13,6 +13,7 @@ from jobs.begin import created_by
 from pipeline.dataset_files import plan_name, read_manifest, serialise_plan
 from pipeline.generations import Plan, command_of, generation_name, read_generation, read_plans
 from pipeline.messages import Assignment, EarlierParts
+from pipeline.steps import reached
 from pipeline.storage import HIDDEN, Storage, printable_url
 from schemas.errors import LeaseLost, Refused
 from schemas.job import GenerationKind, GenerationRecord, Job
@@ -119,10 +120,12 @@ def begin_generation(
         created_by=created_by(),
     )
     storage.publish(plan_name(number), data)
+    reached("before_generation")
     record_data = record.model_dump_json(indent=1).encode() + b"\n"
     name = generation_name(number)
     if not storage.create_only(name, record_data) and storage.read_bytes(name) != record_data:
         raise LeaseLost(f"{storage.url}: another driver has begun generation {number}. See `bsq status`.")
+    reached("after_generation")
     return Generation(record, plan, full_urls, _CommittedShards(storage, number - 1, plan) if record.part else None)
 
 

@@ -23,6 +23,8 @@ STEPS = (
     "before_manifest",
     "after_manifest",
 )
+GENERATION_STEPS = ("before_generation", "after_generation")
+"""Around the record with which a later generation is begun."""
 
 _FAULTS = dict(fault.split(":", 1)[::-1] for fault in os.environ.get("BSQTOK_DECODE_FAULT", "").split(",") if fault)
 _HOLD_AT, _, _FOLDER = os.environ.get("BSQTOK_HOLD_AT", "").partition(":")
