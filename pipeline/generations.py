@@ -72,6 +72,10 @@ class Plan:
         self._places = order[last]
         self.shards: npt.NDArray[np.int64] = numbers[self._places]
         """Ascending, each once."""
+        # Numbered one by one in one plan, as nearly all are: then a shard's place needs no search.
+        num_steps = int(self.shards[-1] - self.shards[0]) + 1 if len(self.shards) else 0
+        self._is_range = len(tables) == 1 and num_steps == len(self.shards) > 0
+        self._is_range = self._is_range and np.array_equal(self._places, np.arange(len(numbers)))
         self._urls = pa.chunked_array([chunk for table in tables for chunk in table["url"].chunks], pa.string())
 
     @classmethod
@@ -112,6 +116,9 @@ class Plan:
         return {url: int(self.shards[place]) for url, place in zip(urls, places, strict=True) if place is not None}
 
     def _place(self, shard: int) -> int | None:
+        if self._is_range:
+            place = shard - int(self.shards[0])
+            return place if 0 <= place < len(self.shards) else None
         place = int(np.searchsorted(self.shards, shard))
         return int(self._places[place]) if place < len(self.shards) and self.shards[place] == shard else None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +52,7 @@ MANIFEST_SCHEMA = pa.schema(
         pa.field("at", pa.string(), nullable=False),
     ]
 )
+_STORED = pa.schema([field for field in MANIFEST_SCHEMA if field.name != "first_row"])
 
 
 class ManifestSummary(BaseModel):
@@ -89,18 +90,19 @@ class ManifestSummary(BaseModel):
 
 def manifest_table(commits: Iterable[tuple[Commit, str, int]]) -> pa.Table:
     """Build the manifest from (commit, url, generation) in any order; rows come out by (shard, part)."""
-    stored = pa.schema([field for field in MANIFEST_SCHEMA if field.name != "first_row"])
     batches = []
     remaining = iter(commits)
     # In chunks: a million commits as Python objects would take gigabytes.
-    while rows := [_manifest_row(*entry) for entry in itertools.islice(remaining, CHUNK_ROWS)]:
-        batches.append(pa.RecordBatch.from_pylist(rows, schema=stored))
-    return _ordered(pa.Table.from_batches(batches, schema=stored))
+    while entries := list(itertools.islice(remaining, CHUNK_ROWS)):
+        batches.append(_manifest_rows(entries))
+    columns = _columns_of(pa.Table.from_batches(batches, schema=_STORED))
+    batches.clear()
+    return _ordered(columns)
 
 
 def merge_manifests(earlier: pa.Table, added: pa.Table) -> pa.Table:
     """Join the manifest of the generation before with what a generation added."""
-    return _ordered(pa.concat_tables([earlier, added]).drop_columns("first_row"))
+    return _ordered(_columns_of(pa.concat_tables([earlier, added]).select(_STORED.names)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,26 +134,38 @@ def count_samples(table: pa.Table) -> SampleCounts:
     )
 
 
-def _ordered(table: pa.Table) -> pa.Table:
-    """The table by (shard, part), with `first_row`."""
-    table = table.sort_by([("shard", "ascending"), ("part", "ascending")])
-    rows_so_far = pc.cumulative_sum(table["rows"])
-    first_row = pc.subtract(rows_so_far, table["rows"])
-    position = MANIFEST_SCHEMA.get_field_index("first_row")
-    return table.add_column(position, MANIFEST_SCHEMA.field(position), first_row).cast(MANIFEST_SCHEMA)
+def _columns_of(table: pa.Table) -> dict[str, pa.ChunkedArray]:
+    return dict(zip(table.schema.names, table.columns, strict=True))
 
 
-def _manifest_row(commit: Commit, url: str, generation: int) -> dict[str, object]:
-    row = commit.model_dump(exclude={"kind", "seconds", "failures", "source"})
-    return row | {
-        "url": url,
-        "generation": generation,
-        "failures_file": commit.failures.file if commit.failures else None,
-        "failures_bytes": commit.failures.bytes if commit.failures else None,
-        "failures_sha256": commit.failures.sha256 if commit.failures else None,
-        "source_bytes": commit.source.bytes,
-        "source_etag": commit.source.etag,
+def _ordered(columns: dict[str, pa.ChunkedArray]) -> pa.Table:
+    """The table by (shard, part), with `first_row`; takes `columns` apart."""
+    keys = pa.table({"shard": columns["shard"], "part": columns["part"]})
+    order = pc.sort_indices(keys, sort_keys=[("shard", "ascending"), ("part", "ascending")])
+    # One column after the other, so that no more than one is there twice.
+    for name in columns:
+        columns[name] = columns[name].take(order)
+    columns["first_row"] = pc.subtract(pc.cumulative_sum(columns["rows"]), columns["rows"])
+    return pa.table([columns[field.name] for field in MANIFEST_SCHEMA], schema=MANIFEST_SCHEMA)
+
+
+def _manifest_rows(entries: Sequence[tuple[Commit, str, int]]) -> pa.RecordBatch:
+    commits = [commit for commit, _, _ in entries]
+    failures = [commit.failures for commit in commits]
+    columns: dict[str, list[object]] = {
+        "url": [url for _, url, _ in entries],
+        "generation": [generation for _, _, generation in entries],
+        "failures_file": [file.file if file else None for file in failures],
+        "failures_bytes": [file.bytes if file else None for file in failures],
+        "failures_sha256": [file.sha256 if file else None for file in failures],
+        "source_bytes": [commit.source.bytes for commit in commits],
+        "source_etag": [commit.source.etag for commit in commits],
     }
+    for name in _STORED.names:
+        if name not in columns:
+            columns[name] = [getattr(commit, name) for commit in commits]
+    arrays = [pa.array(columns[field.name], field.type) for field in _STORED]
+    return pa.RecordBatch.from_arrays(arrays, schema=_STORED)
 
 
 def serialise_manifest(table: pa.Table) -> bytes:
