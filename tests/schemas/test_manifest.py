@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.parquet import read_parquet
@@ -39,6 +39,7 @@ def commit(shard: int, rows: int = 3, *, failures: bool = False) -> Commit:
     )
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 10**9), max_size=20))
 def test_first_row_is_the_running_sum_of_rows(rows: list[int]):
     table = manifest_table((commit(shard, count), f"s3://b/{shard}.tar", 0) for shard, count in enumerate(rows))
