@@ -124,7 +124,7 @@ def _usage_findings(usage: Usage) -> list[Finding]:
 def _speed_findings(speed: Speed) -> list[Finding]:
     found = []
     for storage in [each for each in speed.storages if each.slow][:MAX_CLASSES_NAMED]:
-        assert storage.bytes_per_second is not None and storage.elsewhere is not None
+        assert storage.elsewhere is not None
         detail = (
             f"It delivers {describe_bytes(storage.bytes_per_second)}/s, others {describe_bytes(storage.elsewhere)}/s. "
             f"Reading takes {percent(storage.read_share)} of the time of its {count(storage.shards, 'shard')}."

@@ -25,6 +25,7 @@ LEAST_BIN_SECONDS = 2.0
 LEAST_PAUSE_SECONDS = 30.0
 PAUSE_SHARE = 0.05
 """A pause is cut out of the time axis when it is longer than this share of the working time."""
+LEAST_READ_SECONDS = 0.0005
 SLOW_STORAGE_FACTOR = 4.0
 SLOW_STORAGE_SHARE = 0.1
 """Slow reading is worth naming when it is at least this share of the time spent on the shards of that storage."""
@@ -79,8 +80,8 @@ class StorageSpeed:
     name: str
     shards: int
     bytes: int
-    bytes_per_second: float | None
-    """While reading, per reading thread; None where it was too quick to measure."""
+    bytes_per_second: float
+    """While reading, of one reader."""
     read_share: float
     """Of the time spent on its shards."""
     elsewhere: float | None = None
@@ -249,6 +250,8 @@ def _stages(
 def _storages(
     urls: Sequence[str], source_bytes: npt.NDArray[np.int64], read: Floats, total: Floats
 ) -> list[StorageSpeed]:
+    # The ledger rounds to milliseconds, and a local shard may take less.
+    read = np.maximum(read, LEAST_READ_SECONDS)
     names = [storage_of(url) for url in urls]
     distinct, inverse = np.unique(np.asarray(names, dtype=object).astype(str), return_inverse=True)
     count = len(distinct)
@@ -258,11 +261,11 @@ def _storages(
     spent = np.bincount(inverse, total, minlength=count)
     found = []
     for place, name in enumerate(distinct.tolist()):
-        speed = num_bytes[place] / reading[place] if reading[place] > 0 else None
+        speed = float(num_bytes[place] / reading[place])
         others_read = float(reading.sum() - reading[place])
-        others = float(num_bytes.sum() - num_bytes[place]) / others_read if others_read > 0 else None
-        share = float(reading[place] / spent[place])
-        slow = speed is not None and others is not None and others > SLOW_STORAGE_FACTOR * speed
+        others = float(num_bytes.sum() - num_bytes[place]) / others_read if others_read > 0 else 0.0
+        share = min(1.0, float(reading[place] / spent[place]))
+        slow = others > SLOW_STORAGE_FACTOR * speed
         found.append(
             StorageSpeed(
                 name=name,
@@ -273,7 +276,7 @@ def _storages(
                 elsewhere=others if slow and share >= SLOW_STORAGE_SHARE else None,
             )
         )
-    return sorted(found, key=lambda each: (not each.slow, each.bytes_per_second or np.inf))
+    return sorted(found, key=lambda each: (not each.slow, each.bytes_per_second))
 
 
 def _slow_shards(
