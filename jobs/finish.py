@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ from pipeline.steps import reached
 from pipeline.storage import Storage
 from schemas.errors import LeaseLost
 from schemas.job import Job
+from schemas.ledger import Commit
 from schemas.manifest import ManifestSummary, count_samples, manifest_table, merge_manifests, serialise_manifest
 
 MAX_FAILED_SHARDS_NAMED = 1000
@@ -34,10 +35,15 @@ def write_manifest(storage: Storage, job: Job, generation: int) -> ManifestSumma
 
     It lists what the generation before had, too.  Raises LeaseLost when another driver wrote a different one."""
     plan = read_plans(storage, [generation])
-    table = manifest_table((commit, plan.url(commit.shard), generation) for commit in iter_commits(storage, generation))
-    if generation > 0:
-        before = read_manifest(storage, generation - 1)
-        assert before is not None
+    poison: dict[int, int] = {}
+    before = read_manifest(storage, generation - 1) if generation > 0 else None
+    if before is not None:
+        poison |= before.summary.poison
+    table = manifest_table(
+        (commit, plan.url(commit.shard), generation)
+        for commit in _noting_poison(iter_commits(storage, generation), poison)
+    )
+    if before is not None:
         table = merge_manifests(before.table, table)
     data = serialise_manifest(table)
     counts = count_samples(table)
@@ -52,6 +58,7 @@ def write_manifest(storage: Storage, job: Job, generation: int) -> ManifestSumma
         samples=counts.samples,
         failed=counts.failed,
         warnings=counts.warnings,
+        poison=dict(sorted(poison.items())),
         failed_shards=len(failed_shards),
         first_failed_shards=failed_shards[:MAX_FAILED_SHARDS_NAMED],
         partial_shards=counts.partial_shards,
@@ -72,6 +79,15 @@ def write_manifest(storage: Storage, job: Job, generation: int) -> ManifestSumma
         raise LeaseLost(f"{storage.url}: another driver has finished the dataset. See `bsq status`.")
     reached("after_manifest")
     return summary
+
+
+def _noting_poison(commits: Iterable[Commit], poison: dict[int, int]) -> Iterator[Commit]:
+    """Pass commits on, and bring up to date what is known of their shards."""
+    for commit in commits:
+        poison.pop(commit.shard, None)
+        if commit.poison:
+            poison[commit.shard] = commit.poison
+        yield commit
 
 
 def find_failed_shards(storage: Storage, generation: int, table: pa.Table) -> list[int]:

@@ -27,7 +27,8 @@ from pipeline.generations import command_of, list_begun, read_generation
 from pipeline.messages import Heartbeat
 from pipeline.parquet import PARQUET_ERRORS, read_parquet
 from pipeline.storage import Storage
-from schemas.errors import BsqError, SpecError, WorkerCrash
+from schemas.errors import BsqError, SpecError
+from schemas.failures import POISON
 from schemas.job import GenerationKind
 from schemas.lease import Lease, Progress
 from schemas.ledger import Commit
@@ -97,6 +98,7 @@ class ProgressMeter:
             partial_shards=self._totals.partial,
             samples=self._totals.samples,
             failed_samples=self._totals.failed,
+            poison_samples=self._totals.poison,
             warnings=self._totals.warnings,
             rows=self._totals.rows,
             tokens=self._totals.tokens,
@@ -180,7 +182,9 @@ class Status(BaseModel):
             f"  shards    {p.committed:,} of {p.shards:,} committed"
             + (f", {p.failed_shards:,} failed" if p.failed_shards else "")
             + (f", {p.partial_shards:,} partial" if p.partial_shards else ""),
-            f"  samples   {p.samples:,}, {p.failed_samples:,} of them failed, {p.warnings:,} warnings",
+            f"  samples   {p.samples:,}, {p.failed_samples:,} of them failed"
+            + (f" ({p.poison_samples:,} ended or hung their decoder)" if p.poison_samples else "")
+            + f", {p.warnings:,} warnings",
             f"  tokens    {p.tokens:,} in {p.rows:,} rows, {p.bytes / 1e6:,.1f} MB",
         ]
         if self.state == "running":
@@ -214,6 +218,7 @@ def progress_of(summary: ManifestSummary) -> Progress:
         partial_shards=summary.partial_shards,
         samples=summary.samples,
         failed_samples=summary.failed,
+        poison_samples=sum(summary.poison.values()),
         warnings=summary.warnings,
         rows=summary.rows,
         tokens=summary.tokens,
@@ -252,7 +257,7 @@ def read_status(out: str, storage_options: dict[str, Any] | None = None) -> Stat
             "state": "complete" if summary.complete else "incomplete",
             "progress": progress_of(summary),
             "failed_shards": [FailedShard(shard=shard) for shard in summary.first_failed_shards[:SHOWN_FAILURES]],
-            "failed_samples": _read_failed_samples(storage, generation) if summary.failed else [],
+            "failed_samples": _read_failed_samples(storage, summary) if summary.failed else [],
         }
     )
 
@@ -261,7 +266,9 @@ def _read_unfinished(storage: Storage, generation: int) -> dict[str, Any]:
     """What the ledger says of a generation that nobody drives."""
     ledger = read_ledger(storage, generation, keep_commits=False)
     commits: Iterable[Commit] = iter_commits(storage, generation) if ledger.totals.failed else ()
-    failed = ((commit.shard, commit.failures.file) for commit in commits if commit.failed and commit.failures)
+    # Those with poison first, as far as that needs no more than one pass.
+    wanted = "poison" if ledger.totals.poison else "failed"
+    failed = ((commit.shard, commit.failures.file) for commit in commits if getattr(commit, wanted) and commit.failures)
     return {
         "state": "interrupted",
         "progress": ProgressMeter(len(read_plan(storage, generation)), ledger).progress(),
@@ -273,17 +280,18 @@ def _read_unfinished(storage: Storage, generation: int) -> dict[str, Any]:
     }
 
 
-def _read_failed_samples(storage: Storage, generation: int) -> list[FailedSample]:
+def _read_failed_samples(storage: Storage, summary: ManifestSummary) -> list[FailedSample]:
     """Some failed samples of a finished dataset: four columns of its manifest, and a few failure tables."""
-    name = manifest_table_name(generation)
+    name = manifest_table_name(summary.generation)
     try:
-        columns = ["shard", "part", "failed", "failures_file", "attempt"]
+        columns = ["shard", "part", "failed", "failures_file"]
         table = read_parquet(StoredFile(storage, name), columns)
     except (FileNotFoundError, *PARQUET_ERRORS) as error:
         raise BsqError(f"{storage.printable(name)}: it is gone or damaged. Run `bsq verify {storage.url}`.") from error
     table = table.filter(pa.array(latest_parts(table))).filter(pc.field("failed") > 0)
-    # A sample that ended its worker cost its shard an attempt.
-    rows = table.sort_by([("attempt", "descending"), ("shard", "ascending")]).slice(0, SEARCHED_TABLES).to_pylist()
+    has_poison = pc.is_in(table["shard"], pa.array(summary.poison, pa.int64()))
+    table = pa.concat_tables([table.filter(has_poison), table.filter(pc.invert(has_poison))])
+    rows = table.slice(0, SEARCHED_TABLES).to_pylist()
     return _first_failed_samples(storage, [(row["shard"], row["failures_file"]) for row in rows])
 
 
@@ -299,7 +307,7 @@ def _first_failed_samples(storage: Storage, tables: Iterable[tuple[int, str]]) -
         table = table.filter((pc.field("severity") == "failed") & pc.field("key").is_valid())
         rows = table.drop_columns("severity").to_pylist()
         samples += [FailedSample(shard=shard, **row) for row in rows]
-    return sorted(samples, key=lambda sample: (sample.error != WorkerCrash.__name__, sample.shard))[:SHOWN_FAILURES]
+    return sorted(samples, key=lambda sample: (sample.error not in POISON, sample.shard))[:SHOWN_FAILURES]
 
 
 def _with_shards(storage: Storage, lease: Lease, generation: int) -> Progress:

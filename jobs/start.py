@@ -141,6 +141,14 @@ def run_generation(
     ledger = read_ledger(storage, number, keep_commits=False)
     command = execution.command("resume")
     driver = Driver(storage, generation, ledger, lease, execution.spec, observer, command)
+    warnings = []
+    if driver.has_work and not storage.fenced:
+        warnings.append(
+            f"{storage.url}: this storage does not refuse the second writer of a name, so it does not keep two drivers "
+            f"apart: make sure that only one runs."
+        )
+        if observer is not None:
+            observer(driver.progress, warnings[0])
     if driver.has_work:
         runner = make_runner(storage, job, execution, driver.num_left)
         try:
@@ -155,7 +163,7 @@ def run_generation(
         write_manifest(storage, job, number)
     if driver.leaves_strays:
         sweep(storage, number)
-    return describe_outcome(
+    outcome = describe_outcome(
         driver.progress,
         ledger,
         read_manifest_summary(storage, number),
@@ -163,6 +171,7 @@ def run_generation(
         max_failed_fraction=execution.spec.run.max_failed_fraction,
         retry_command=lambda switch: execution.command("retry", switch),
     )
+    return dataclasses.replace(outcome, lines=[*warnings, *outcome.lines])
 
 
 @contextlib.contextmanager

@@ -188,6 +188,7 @@ class CommitTotals:
     tokens: int = 0
     samples: int = 0
     failed: int = 0
+    poison: int = 0
     warnings: int = 0
     bytes: int = 0
     """Bytes of token files."""
@@ -200,6 +201,7 @@ class CommitTotals:
         self.tokens += commit.tokens
         self.samples += commit.samples
         self.failed += commit.failed
+        self.poison += commit.poison
         self.warnings += commit.warnings
         self.bytes += commit.bytes
         self.partial += commit.partial

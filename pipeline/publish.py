@@ -14,7 +14,7 @@ from pipeline.rows import ShardRows, rows_to_table
 from pipeline.steps import reached
 from pipeline.storage import Storage
 from schemas.errors import BsqError
-from schemas.failures import serialise_failures
+from schemas.failures import POISON, serialise_failures
 from schemas.job import Job
 from schemas.ledger import Commit, FileRecord, SourceRecord, StageSeconds
 from schemas.tokenfile import EncodedTokenFile, TokenFooter, serialise_token_file
@@ -85,6 +85,8 @@ def publish_shard(storage: Storage, job: Job, shard: ShardRows, *, arithmetic: s
         name=name,
         sha256=sha256,
         warnings=sum(item.severity == "warning" for item in failures),
+        poison=sum(item.error in POISON for item in failures),
+        num_retries=shard.num_retries,
         failures=failure_record,
         arithmetic=arithmetic,
         worker=worker,
@@ -132,7 +134,7 @@ def find_published(
         expected = (job.fingerprint, shard, part, source_bytes, source_etag)
         if (footer.fingerprint, footer.shard, footer.part, footer.source_bytes, footer.source_etag) != expected:
             continue
-        failures, warnings = None, 0
+        failures, warnings, poison = None, 0, 0
         if footer.failures_sha256:
             failures_name = failure_table_name(shard, part, footer.failures_sha256)
             if not storage.exists(failures_name):
@@ -140,8 +142,9 @@ def find_published(
             failure_data = storage.read_bytes(failures_name)
             if hashlib.sha256(failure_data).hexdigest() != footer.failures_sha256:
                 continue
-            severities = read_parquet(failure_data, ["severity"])["severity"].to_pylist()
-            warnings = severities.count("warning")
+            found = read_parquet(failure_data, ["severity", "error"])
+            warnings = found["severity"].to_pylist().count("warning")
+            poison = sum(error in POISON for error in found["error"].to_pylist())
             failures = FileRecord(file=failures_name, bytes=len(failure_data), sha256=footer.failures_sha256)
         num_positions = pc.count_distinct(table["position"]).as_py()
         # A later part holds only the rows that the parts before it lack.
@@ -163,6 +166,7 @@ def find_published(
             name=name,
             sha256=sha256,
             warnings=warnings,
+            poison=poison,
             failures=failures,
             arithmetic=UNKNOWN_ARITHMETIC,
             worker=worker,
@@ -180,10 +184,12 @@ def _commit(
     name: str,
     sha256: str,
     warnings: int,
+    poison: int,
     failures: FileRecord | None,
     arithmetic: str,
     worker: str,
     seconds: StageSeconds,
+    num_retries: int = 0,
 ) -> Commit:
     frames = pc.min_max(table["frames"]).as_py()
     keys = pc.min_max(table["key"]).as_py()
@@ -200,6 +206,7 @@ def _commit(
         samples=footer.samples,
         failed=footer.failed,
         warnings=warnings,
+        poison=poison,
         partial=footer.partial,
         min_frames=frames["min"] or 0,
         max_frames=frames["max"] or 0,
@@ -208,7 +215,7 @@ def _commit(
         row_groups=encoded.row_groups,
         tokens_offset=encoded.tokens_offset,
         failures=failures,
-        source=SourceRecord(bytes=footer.source_bytes, etag=footer.source_etag),
+        source=SourceRecord(bytes=footer.source_bytes, etag=footer.source_etag, num_retries=num_retries),
         arithmetic=arithmetic,
         seconds=seconds,
         worker=worker,

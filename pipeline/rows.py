@@ -91,6 +91,8 @@ class ShardRows:
     num_samples: int = 0
     source_bytes: int = 0
     source_etag: str = ""
+    num_retries: int = 0
+    """Requests for the source that had to be repeated."""
     partial: bool = False
     aborted: bool = False
     """The attempt has failed; what is still in flight is thrown away."""

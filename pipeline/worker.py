@@ -262,6 +262,7 @@ class ShardWorker:
                     self._hand_on(chunk, chunk_bytes, shard)
                     chunk, chunk_bytes = [], 0
                     began = time.monotonic()
+        shard.num_retries = stream.num_retries
         shard.seconds.read += time.monotonic() - began
         if missing is not None:
             missing.check_end(shard.num_samples)

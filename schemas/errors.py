@@ -136,7 +136,9 @@ class NotATar(ShardError):
 
 
 class SourceChanged(ShardError):
-    """Size or etag of the object changed while it was read."""
+    """Size or etag of the object changed while it was read: somebody still writes it, and rows of two must not mix."""
+
+    retryable = False
 
 
 class ShardDiffers(ShardError):

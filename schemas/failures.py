@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 from schemas.errors import ArchiveError, SampleError, printable
 
 MAX_MESSAGE_CHARS = 2000
+POISON = frozenset({"WorkerCrash", "DecodeTimeout"})
+"""Classes of samples that end or hang their decoder."""
 
 FAILURE_SCHEMA = pa.schema(
     [

@@ -18,6 +18,8 @@ class Progress(BaseModel):
     samples: int = 0
     """Samples of committed shards, tokenized or failed."""
     failed_samples: int = 0
+    poison_samples: int = 0
+    """Those of `failed_samples` that ended or hung their decoder."""
     warnings: int = 0
     rows: int = 0
     tokens: int = 0

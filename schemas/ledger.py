@@ -41,6 +41,8 @@ class SourceRecord(_Record):
 
     bytes: int
     etag: str = ""
+    num_retries: int = 0
+    """Requests that had to be repeated."""
 
 
 class StageSeconds(_Record):
@@ -68,6 +70,8 @@ class Commit(_Record):
     samples: int
     failed: int
     warnings: int
+    poison: int = 0
+    """Those of `failed` that ended or hung their decoder."""
     partial: bool
     min_frames: int
     max_frames: int

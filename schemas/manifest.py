@@ -73,6 +73,8 @@ class ManifestSummary(BaseModel):
     failed: int
     """Samples that failed, less those that were won back."""
     warnings: int
+    poison: dict[int, int] = {}
+    """How many of `failed` ended or hung their decoder, for each shard that has any."""
     failed_shards: int
     first_failed_shards: list[int]
     """The first 1,000 shards that were given up."""

@@ -56,6 +56,9 @@ def test_samples_that_abort_their_process_become_failures_and_all_others_are_tok
     assert state.commits[0, 0].attempt == 3
     assert state.attempts.get(1, 0) <= 1, "the shard beside it is tried by itself after the first death"
     assert "SIGABRT" in job.stderr and "Traceback" not in job.stderr
+    status = bsq("status", out).stdout
+    assert "2 of them failed (2 ended or hung their decoder)" in status
+    assert f"shard 0, key '{KEYS[3]}': WorkerCrash" in status and KEYS[9] in status
 
 
 def test_decoding_in_children_from_the_start_gives_the_same_files_without_losing_a_worker(

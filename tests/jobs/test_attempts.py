@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jobs.attempts
@@ -45,6 +45,7 @@ def everything(queue: ShardQueue) -> list[int]:
     return taken
 
 
+@settings(deadline=None)
 @given(EVENTS)
 def test_a_driver_that_takes_over_decides_as_the_one_before(events: list[tuple[int, str, list[str], bool]]) -> None:
     live = ShardQueue(range(4), {}, max_attempts=50)

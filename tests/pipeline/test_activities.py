@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.activities import SLOT_BYTES, ActivityBoard, board_bytes
@@ -20,6 +20,7 @@ def board(num_threads: int = 4) -> ActivityBoard:
     return ActivityBoard(bytearray(board_bytes(num_threads)))
 
 
+@settings(deadline=None)
 @given(
     key=st.text(st.characters(blacklist_categories=["Cs"]), max_size=200),
     shard=st.integers(0, 10**9),

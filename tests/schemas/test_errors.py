@@ -58,7 +58,7 @@ def test_each_class_says_what_it_means(item):
 
 def test_shards_that_storage_will_never_give_are_not_tried_again():
     final = {item.__name__ for item in CLASSES if issubclass(item, ShardError) and not item.retryable}
-    assert final == {"ShardNotFound", "ShardForbidden", "NotATar", "ShardDiffers"}
+    assert final == {"ShardNotFound", "ShardForbidden", "NotATar", "SourceChanged", "ShardDiffers"}
 
 
 def test_only_warnings_leave_the_sample_tokenized():

@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 
 from pipeline.parquet import read_parquet
 from schemas.ledger import Commit, FileRecord, SourceRecord
-from schemas.manifest import MANIFEST_SCHEMA, ManifestSummary, manifest_table, serialise_manifest
+from schemas.manifest import (
+    MANIFEST_SCHEMA,
+    ManifestSummary,
+    count_samples,
+    latest_parts,
+    manifest_table,
+    merge_manifests,
+    serialise_manifest,
+)
 
 
 def commit(shard: int, rows: int = 3, *, failures: bool = False) -> Commit:
@@ -60,9 +68,27 @@ def test_a_manifest_reads_back_with_all_that_the_records_say():
     assert (second["row_groups"], second["tokens_offset"]) == ([3], [321])
 
 
+@given(st.sets(st.tuples(st.integers(0, 6), st.integers(0, 3)), max_size=16), st.integers(0, 16))
+def test_merged_manifests_are_the_manifest_of_all_their_commits(parts: set[tuple[int, int]], cut: int):
+    """And of a shard the last part counts, which is checked against a dictionary."""
+    entries = [
+        (commit(shard, rows=part + 1).model_copy(update={"part": part, "samples": 10 * shard + part}), "x.tar", part)
+        for shard, part in sorted(parts, key=lambda pair: hash((pair, cut)))
+    ]
+    whole = manifest_table(entries)
+    assert merge_manifests(manifest_table(entries[:cut]), manifest_table(entries[cut:])).equals(whole)
+    last = {shard: max(part for other, part in parts if other == shard) for shard, _ in parts}
+    keys = zip(whole["shard"].to_pylist(), whole["part"].to_pylist(), strict=True)
+    assert latest_parts(whole).tolist() == [last[shard] == part for shard, part in keys]
+    counts = count_samples(whole)
+    assert counts.parts == len(parts) - len(last)
+    assert counts.samples == sum(10 * shard + part for shard, part in last.items())
+
+
 def test_every_field_of_a_commit_but_its_timings_is_in_the_manifest():
     told = set(MANIFEST_SCHEMA.names)
-    assert set(Commit.model_fields) - told == {"kind", "seconds", "failures", "source"}
+    # What of its samples is poison stands in the summary, by shard.
+    assert set(Commit.model_fields) - told == {"kind", "seconds", "failures", "source", "poison"}
 
 
 def test_a_summary_reads_back_and_passes_over_newer_fields():
