@@ -19,7 +19,7 @@ from schemas.errors import LeaseHeld, SpecError
 from schemas.lease import Progress
 
 ROOT = Path(jobs.cli.__file__).parents[1]
-COMMANDS = ["tokenize", "resume", "status", "verify", "inspect", "reconstruct", "import-checkpoint", "demo"]
+COMMANDS = ["tokenize", "resume", "retry", "status", "verify", "inspect", "reconstruct", "import-checkpoint", "demo"]
 
 
 @pytest.fixture
@@ -88,6 +88,8 @@ def test_the_version_is_printed(capsys):
         (["tokenize", "a.tar", "--out", "o", "--batch", "many"], "--batch"),
         (["tokenize", "a.tar", "--out", "o", "--crop", "centre"], "'center'"),
         (["reconstruct", "out"], "--key"),
+        (["retry"], "Missing argument"),
+        (["retry", "out", "--sample"], "--samples"),
     ],
 )
 def test_wrong_usage_names_the_nearest_and_ends_with_2(arguments, says, capsys):

@@ -217,6 +217,18 @@ def test_a_file_of_a_later_part_is_not_adopted(storage: Storage, job: Job) -> No
     assert adopt(storage, job) is None
 
 
+def test_a_later_part_has_a_name_of_its_own_and_is_adopted_for_that_part_alone(storage: Storage, job: Job) -> None:
+    shard = finished_shard(rows=1)
+    shard.part, shard.num_samples = 7, 4
+    commit = publish(storage, job, shard)
+    assert commit.file.startswith("tokens/0001/0001042.r7-")
+    assert commit.failures is not None and commit.failures.file.startswith("failures/0001/0001042.r7-")
+    assert adopt(storage, job) is None
+    assert adopt(storage, job, part=70) is None
+    adopted = adopt(storage, job, part=7)
+    assert adopted is not None and what_counts(adopted) == what_counts(commit)
+
+
 def test_strangers_with_fitting_names_are_passed_over(storage: Storage, job: Job) -> None:
     for data in (b"", b"no Parquet", b"PAR1" * 10):
         storage.publish(token_file_name(1042, 0, hashlib.sha256(data).hexdigest()), data)
