@@ -15,7 +15,7 @@ from pipeline.parquet import PARQUET_ERRORS, read_parquet
 from pipeline.sample import Sample
 from pipeline.storage import Storage, printable_url
 from schemas.errors import BsqError, SampleCutOff, ShardDiffers, printable
-from schemas.failures import Failure, parse_failures
+from schemas.failures import POISON, Failure, parse_failures
 
 
 @dataclass(slots=True)
@@ -71,6 +71,11 @@ class MissingSamples:
         """Raise ShardDiffers when the shard has ended before all the samples that it had."""
         if num_samples < self.num_samples:
             raise self._differs(f"it ends after {num_samples:,} samples and had {self.num_samples:,}")
+
+    @property
+    def poison_keys(self) -> frozenset[str]:
+        """Keys of samples that ended or hung their decoder."""
+        return frozenset(item.key for item in self.failed.values() if item.error in POISON and item.key is not None)
 
     def kept_failures(self) -> list[Failure]:
         """What stays true of samples that are not made again: their warnings."""

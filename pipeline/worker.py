@@ -207,6 +207,7 @@ class ShardWorker:
                 if not self._adopt(assignment):
                     if assignment.earlier is not None:
                         shard.missing = find_missing(self._storage, assignment.url, assignment.earlier)
+                        shard.suspects |= shard.missing.poison_keys
                     self._read_shard(shard)
             except ShardError as error:
                 shard.aborted = True
