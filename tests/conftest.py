@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.running_jobs import StartJob, start_jobs
 from tests.tiny_corpus import BSQ, REPOSITORY, RunBsq, bsq_environment, mp4, photo_members, write_tar
 
 
@@ -62,12 +63,24 @@ def bsq() -> RunBsq:
     return run
 
 
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[StartJob]:
+    """Begin commands that run beside the test, stand still at steps, and can be killed."""
+    yield from start_jobs(tmp_path)
+
+
 @dataclass(frozen=True)
 class ObjectStore:
     """An S3 server in this process, with one bucket."""
 
     url: str
     storage_options: dict[str, Any]
+
+    @property
+    def arguments(self) -> list[str]:
+        """What a command is told to reach it."""
+        pairs = [f"{name}={value}" for name, value in self.storage_options.items()]
+        return [word for pair in pairs for word in ("--storage-option", pair)]
 
 
 @pytest.fixture

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.running_jobs import STUB, StartJob, start_jobs
+from tests.running_jobs import STUB
 from tests.tiny_corpus import BSQ, bsq_environment, dataset_files, mp4, photo_members, write_tar
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[StartJob]:
-    """Begin jobs that run beside the test."""
-    yield from start_jobs(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,8 @@ import pytest
 
 from pipeline.dataset_files import read_ledger, read_manifest
 from pipeline.storage import Storage
+from tests.running_jobs import STUB, StartJob, is_alive, wait_until
 from tests.tiny_corpus import BSQ, RunBsq, bsq_environment, dataset_files
-
-PATIENCE_SECONDS = 120.0
-STUB = ["--tokenizer", "stub", "--size", "64"]
 
 
 @pytest.fixture(scope="module")
@@ -29,99 +25,34 @@ def local_files(small_shards: list[Path], tmp_path_factory: pytest.TempPathFacto
     return dataset_files(out)
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Begin a job on Ray whose workers wait at a step; whatever it starts is gone when the test ends."""
-    jobs: list[subprocess.Popen[str]] = []
-
-    def begin(*arguments: object, hold_at: str) -> subprocess.Popen[str]:
-        (tmp_path / "markers").mkdir()
-        job = subprocess.Popen(
-            [*BSQ, *map(str, arguments)],
-            env=bsq_environment({"BSQTOK_HOLD_AT": f"{hold_at}:{tmp_path / 'markers'}"}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        jobs.append(job)
-        return job
-
-    yield begin
-    for job in jobs:
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
-        job.communicate()
-
-
-def wait_until(condition: Callable[[], bool], what: str, job: subprocess.Popen[str] | None = None) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
-        assert job is None or job.poll() is None, job and job.communicate()
-        time.sleep(0.02)
-
-
-def standing(markers: Path) -> set[int]:
-    """Processes that wait at the step."""
-    return {int(marker.suffix[1:]) for marker in markers.iterdir()}
-
-
-def let_go(markers: Path, pid: int) -> None:
-    for marker in markers.glob(f"*.{pid}"):
-        marker.unlink(missing_ok=True)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
 def test_an_actor_that_is_killed_with_shards_in_flight_while_another_commits_costs_nothing(
     small_shards: list[Path],
     local_files: dict[str, str],
     object_store: Any,
-    tmp_path: Path,
     bsq: RunBsq,
-    start: Callable[..., subprocess.Popen[str]],
+    start: StartJob,
 ) -> None:
-    out = f"{object_store.url}/out"
-    options = [f"{name}={value}" for name, value in object_store.storage_options.items()]
-    storage_options = [word for option in options for word in ("--storage-option", option)]
-    job = start(
-        "tokenize", *small_shards, "--out", out, *STUB, "--workers", 2, *storage_options, hold_at="before_tokens"
-    )
-    markers = tmp_path / "markers"
-    wait_until(lambda: len(standing(markers)) == 2, "both actors stand before their first token file", job)
-    victim, survivor = sorted(standing(markers))
-    assert {victim, survivor}.isdisjoint({job.pid}), "actors are processes of their own"
+    out, options = f"{object_store.url}/out", object_store.arguments
+    job = start("tokenize", *small_shards, "--out", out, *STUB, "--workers", 2, *options, hold_at="before_tokens")
+    victim, survivor = job.wait_until_standing(2)
+    assert job.pid not in (victim, survivor), "actors are processes of their own"
     storage = Storage(out, object_store.storage_options)
     assert storage.list("tokens", recursive=True) == []
 
     def survivor_has_committed() -> bool:
-        let_go(markers, survivor)
+        job.let_go(survivor)
         return len(read_ledger(storage, 0).commits) >= 2
 
     wait_until(survivor_has_committed, "the other actor has committed", job)
-    assert victim in standing(markers)
-    os.kill(victim, signal.SIGKILL)
-
-    def ended() -> bool:
-        for pid in standing(markers):
-            let_go(markers, pid)
-        return job.poll() is not None
-
-    wait_until(ended, "the job ends")
-    stdout, stderr = job.communicate()
-    assert job.returncode == 0, stderr
-    assert "Traceback" not in stdout + stderr
-    assert "is gone" in stderr, "the death is told"
+    assert victim in job.standing()
+    job.kill(victim)
+    assert job.end() == 0, job.said
+    assert "Traceback" not in "".join(job.said)
+    assert "is gone" in job.said[1], "the death is told"
     ledger = read_ledger(storage, 0)
     died = [attempt for attempts in ledger.failed_attempts.values() for attempt in attempts]
     assert len(died) == 2, "two shards were in flight"
-    assert {attempt.error for attempt in died} == {"WorkerDied"}
+    assert {(attempt.error, attempt.counts) for attempt in died} == {("WorkerDied", True)}
     assert all(ledger.commits[attempt.shard, 0].attempt == 2 for attempt in died)
     manifest = read_manifest(storage)
     assert manifest is not None and manifest.summary.complete
@@ -129,24 +60,18 @@ def test_an_actor_that_is_killed_with_shards_in_flight_while_another_commits_cos
     assert manifest.table["file"].to_pylist() == names
     assert dict(zip(names, manifest.table["sha256"].to_pylist(), strict=True)) == local_files
     assert not storage.exists("lease.json")
-    verified = bsq("verify", out, *storage_options)
+    verified = bsq("verify", out, *options)
     assert verified.returncode == 0, verified.stdout + verified.stderr
 
 
 def test_a_driver_on_ray_that_is_killed_leaves_no_process_and_its_job_goes_on(
-    small_shards: list[Path],
-    local_files: dict[str, str],
-    tmp_path: Path,
-    bsq: RunBsq,
-    start: Callable[..., subprocess.Popen[str]],
+    small_shards: list[Path], local_files: dict[str, str], tmp_path: Path, bsq: RunBsq, start: StartJob
 ) -> None:
     out = tmp_path / "out"
     job = start("tokenize", *small_shards, "--out", out, *STUB, hold_at="after_publish")
-    markers = tmp_path / "markers"
-    wait_until(lambda: len(standing(markers)) == 1, "the actor stands behind its first token file", job)
-    (actor,) = standing(markers)
+    (actor,) = job.wait_until_standing()
     assert [name for name in dataset_files(out) if name.startswith("tokens/")] != []
-    os.kill(job.pid, signal.SIGKILL)
+    job.kill(job.pid)
     wait_until(lambda: not is_alive(actor), "the actor is gone too")
     resumed = bsq("resume", out, "--in-process")
     assert resumed.returncode == 0, resumed.stderr
@@ -154,29 +79,16 @@ def test_a_driver_on_ray_that_is_killed_leaves_no_process_and_its_job_goes_on(
 
 
 def test_control_c_on_ray_keeps_what_was_read_and_names_the_command_that_goes_on(
-    small_shards: list[Path],
-    local_files: dict[str, str],
-    tmp_path: Path,
-    bsq: RunBsq,
-    start: Callable[..., subprocess.Popen[str]],
+    small_shards: list[Path], local_files: dict[str, str], tmp_path: Path, bsq: RunBsq, start: StartJob
 ) -> None:
     out = tmp_path / "out"
     job = start("tokenize", *small_shards, "--out", out, *STUB, hold_at="after_publish")
-    markers = tmp_path / "markers"
-    wait_until(lambda: len(standing(markers)) == 1, "the actor stands behind its first token file", job)
+    job.wait_until_standing()
     # A terminal sends it to every process of the group, those of Ray among them.
     os.killpg(job.pid, signal.SIGINT)
-
-    def ended() -> bool:
-        for pid in standing(markers):
-            let_go(markers, pid)
-        return job.poll() is not None
-
-    wait_until(ended, "the job ends")
-    stdout, stderr = job.communicate()
-    assert job.returncode == 130, stderr
-    assert "Traceback" not in stdout + stderr
-    assert f"bsq resume {out}" in stderr
+    assert job.end() == 130, job.said
+    assert "Traceback" not in "".join(job.said)
+    assert f"bsq resume {out}" in job.said[1]
     assert not (out / "lease.json").exists()
     ledger = read_ledger(Storage(str(out)), 0)
     assert 0 < len(ledger.commits) < 6
