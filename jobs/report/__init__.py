@@ -23,7 +23,7 @@ from markupsafe import Markup
 from jobs.begin import created_by
 from jobs.commit_table import CommitTable, column_sum, read_commit_table
 from jobs.display import describe_bytes
-from jobs.progress import read_status
+from jobs.lease import is_dead, read_lease
 from jobs.report import charts, words
 from jobs.report.drift import Usage, measure_usage
 from jobs.report.failures import Failures, collect_failures
@@ -68,7 +68,7 @@ def write_report(out: str, target: str, *, seed: int = 0, storage_options: Mappi
     if job is None:
         raise SpecError(f"{storage.url}: there is no dataset here (no job.json). Name the folder given as --out.")
     commits = read_commit_table(storage)
-    state = read_status(out, storage_options=dict(storage_options or {})).state
+    state = _state(storage, commits)
     speed = measure_speed(commits, job.tokenizer.grid[0] * job.tokenizer.grid[1])
     failures = collect_failures(storage, commits, seed)
     usage = measure_usage(storage, job, commits, seed)
@@ -80,6 +80,18 @@ def write_report(out: str, target: str, *, seed: int = 0, storage_options: Mappi
     place = Storage(folder or "/", storage_options if "://" in target else None)
     place.publish(name, data)
     return Report(printable_url(target), findings, len(data))
+
+
+def _state(storage: Storage, commits: CommitTable) -> str:
+    """running, interrupted, complete, or incomplete (finished, but shards failed), as `bsq status` has it."""
+    held = read_lease(storage)
+    if held is not None:
+        lease, age_seconds = held
+        if age_seconds < lease.ttl_seconds and not is_dead(lease):
+            return "running"
+    if not commits.finished:
+        return "interrupted"
+    return "incomplete" if commits.given_up else "complete"
 
 
 def _render(
