@@ -81,7 +81,7 @@ class Pack:
     ranks that divide it need no sequences but those of their own lanes."""
     split: bool = False
     """Cut sequences longer than `seq_len` into pieces of that length and a rest.  Otherwise they are refused."""
-    look_ahead: int = 8
+    look_ahead: int = 16
     """How many sequences after the oldest may be packed before it is their turn: more of them leave fewer gaps."""
     pad: int = 0
     """Id that fills the end of a pack."""
@@ -186,7 +186,8 @@ class Pack:
 def collate(packs: Sequence[Packed]) -> dict[str, npt.NDArray[Any]]:
     """Packs as one batch: `ids`, `loss_mask`, `position_ids` [B, seq_len], and the segments of all of them in a row.
 
-    `cu_seqlens` int32 [segments + 1] runs from 0 to B * seq_len; `max_seqlen` (int32, no axes) is the longest one."""
+    `cu_seqlens` int32 [segments + 1] runs from 0 to B * seq_len; `max_seqlen` (int32, no axes) is the longest one.
+    `used` int64 [B] counts the ids that are not padding."""
     starts = [pack.cu_seqlens[:-1] + number * len(pack.ids) for number, pack in enumerate(packs)]
     total = sum(len(pack.ids) for pack in packs)
     cu_seqlens = np.concatenate([*starts, [total]]).astype(np.int32)
@@ -196,6 +197,7 @@ def collate(packs: Sequence[Packed]) -> dict[str, npt.NDArray[Any]]:
         "position_ids": np.stack([pack.position_ids for pack in packs]),
         "cu_seqlens": cu_seqlens,
         "max_seqlen": np.diff(cu_seqlens).max(),
+        "used": np.array([pack.num_used for pack in packs], np.int64),
     }
 
 

@@ -128,19 +128,18 @@ class SequenceFormat:
         if dropped is not None:
             texts = [self.null_text if drop else text for text, drop in zip(texts, dropped, strict=True)]
             labels = [None if drop else label for label, drop in zip(labels, dropped, strict=True)]
-        images_BN = self._images(indices_BTHW)
-        label_B = self._label_ids(labels)
-        sizes = {len(text) for text in texts}
-        if sizes and ("text" not in self.order and sizes != {0}):
+        label_BN = self._label_ids(labels)
+        lengths_B = np.array([len(text) for text in texts], np.int64)
+        if lengths_B.any() and "text" not in self.order:
             raise SpecError("a row has text, but order has no place for it; add 'text'.")
-        if len(sizes) <= 1:
-            text_BN = np.array(texts, np.int64).reshape(num_rows, max(sizes, default=0))
-            return self._join(label_B, text_BN, images_BN, indices_BTHW.shape)
-        sequences = []
-        for row, text in enumerate(texts):
-            one = slice(row, row + 1)
-            sequences += self._join(label_B[one], np.array([text], np.int64), images_BN[one], indices_BTHW.shape)
-        return sequences
+        sequences: dict[int, TokenSequence] = {}
+        for length in np.unique(lengths_B).tolist():
+            rows = np.flatnonzero(lengths_B == length).tolist()
+            indices = indices_BTHW if len(rows) == num_rows else indices_BTHW[rows]
+            text_BN = np.array([texts[row] for row in rows], np.int64).reshape(len(rows), length)
+            ids_BN, mask_N = self._join(label_BN[rows], text_BN, indices)
+            sequences |= {row: TokenSequence(ids, mask_N) for row, ids in zip(rows, ids_BN, strict=True)}
+        return [sequences[row] for row in range(num_rows)]
 
     def length(self, frames: int, grid: tuple[int, int], text_length: int = 0) -> int:
         """Ids of the sequence of a row of `frames` frames with a text of `text_length` ids."""
@@ -222,33 +221,33 @@ class SequenceFormat:
         ids = [self.null_label if label is None else offset + label for label in labels]
         return np.array(ids, np.int64).reshape(len(ids), 1)
 
-    def _codes(self, indices_BTHW: Ids) -> Ids:
-        """Ids of the codes, int64 [B, T, H, W * G]."""
+    def _write_codes(self, indices_BTHW: Ids, out_BTHWG: Ids) -> None:
+        offsets = self.id_offset if isinstance(self.id_offset, tuple) else (self.id_offset,) * self._num_groups
         if self.id_map:
-            return np.asarray(self._id_table[indices_BTHW])
-        if not self.group_bits:
-            return indices_BTHW + np.int64(self.id_offset[0] if isinstance(self.id_offset, tuple) else self.id_offset)
-        widths_G = np.array(self.group_bits)
-        shifts_G = widths_G[::-1].cumsum()[::-1] - widths_G
-        groups: Ids = (indices_BTHW[..., np.newaxis] >> shifts_G & ((1 << widths_G) - 1)) + np.array(self.id_offset)
-        return groups.reshape(*indices_BTHW.shape[:3], indices_BTHW.shape[3] * self._num_groups)
+            out_BTHWG[..., 0] = self._id_table[indices_BTHW]
+        elif not self.group_bits:
+            np.add(indices_BTHW, offsets[0], out=out_BTHWG[..., 0])
+        # A group at a time, for loops over a last axis of two or three are slow.
+        low = sum(self.group_bits)
+        for group, width in enumerate(self.group_bits):
+            low -= width
+            codes_BTHW = out_BTHWG[..., group]
+            np.bitwise_and(indices_BTHW >> low, (1 << width) - 1, out=codes_BTHW)
+            codes_BTHW += offsets[group]
 
     @functools.cached_property
     def _id_table(self) -> Ids:
         return np.array(self.id_map, np.int64)
 
-    def _images(self, indices_BTHW: Ids) -> Ids:
+    def _write_images(self, indices_BTHW: Ids, out_BN: Ids) -> None:
         num_rows, frames, height, width = indices_BTHW.shape
         layout = self._layout((frames, height, width))
-        images_BN = np.empty((num_rows, layout.size), np.int64)
-        images_BN[:] = layout.template
-        # The codes go where the template has a hole: the axes of a slice can be split without a copy.
-        body = images_BN[:, layout.head : layout.head + frames * layout.frame]
+        out_BN[:] = layout.template
+        # The codes go where the template has holes: the axes of a slice can be split without a copy.
+        body = out_BN[:, layout.head : layout.head + frames * layout.frame]
         lines = body.reshape(num_rows, frames, layout.frame)[..., : height * layout.line]
-        lines.reshape(num_rows, frames, height, layout.line)[..., : width * self._num_groups] = self._codes(
-            indices_BTHW
-        )
-        return images_BN
+        holes = lines.reshape(num_rows, frames, height, layout.line)[..., : width * self._num_groups]
+        self._write_codes(indices_BTHW, holes.reshape(*indices_BTHW.shape, self._num_groups))
 
     def _layout(self, size: tuple[int, int, int]) -> _Layout:
         layout = self._layouts.get(size)
@@ -276,21 +275,29 @@ class SequenceFormat:
             raise SpecError(f"size_header: numbers has no ids for {number}, the {part} of a row.")
         return self.numbers[number]
 
-    def _join(self, label_B: Ids, text_BN: Ids, images_BN: Ids, shape: tuple[int, ...]) -> list[TokenSequence]:
-        num_rows = len(images_BN)
-        codes = self._layout((shape[1], shape[2], shape[3])).template == _HOLE
-        blocks: dict[Part, tuple[Ids, npt.NDArray[np.bool_]]] = {
-            "label": (label_B, np.full(label_B.shape[1], "label" in self.loss)),
-            "text": (text_BN, np.full(text_BN.shape[1], "text" in self.loss)),
-            "image": (images_BN, np.where(codes, "codes" in self.loss, "special" in self.loss)),
-        }
-        parts = [_special(self.bos, num_rows, False)]
-        parts += [blocks[name] for name in self.order]
-        parts.append(_special(self.eos, num_rows, "special" in self.loss))
-        ids_BN = np.concatenate([ids for ids, _ in parts], axis=1)
-        mask_N = np.concatenate([mask for _, mask in parts])
+    def _join(self, label_BN: Ids, text_BN: Ids, indices_BTHW: Ids) -> tuple[Ids, npt.NDArray[np.bool_]]:
+        """Sequences of equal length: ids [B, N] and their loss mask [N]."""
+        num_rows, *size = indices_BTHW.shape
+        layout = self._layout((size[0], size[1], size[2]))
+        sizes = {"label": label_BN.shape[1], "text": text_BN.shape[1], "image": layout.size}
+        bos, eos = _present(self.bos), _present(self.eos)
+        num_ids = len(bos) + sum(sizes[part] for part in self.order) + len(eos)
+        ids_BN, mask_N = np.empty((num_rows, num_ids), np.int64), np.empty(num_ids, np.bool_)
+        ids_BN[:, : len(bos)] = bos
+        ids_BN[:, num_ids - len(eos) :] = eos
+        mask_N[num_ids - len(eos) :] = "special" in self.loss
+        place = len(bos)
+        for part in self.order:
+            block = slice(place, place + sizes[part])
+            place = block.stop
+            if part == "image":
+                self._write_images(indices_BTHW, ids_BN[:, block])
+                mask_N[block] = np.where(layout.template == _HOLE, "codes" in self.loss, "special" in self.loss)
+            else:
+                ids_BN[:, block] = label_BN if part == "label" else text_BN
+                mask_N[block] = part in self.loss
         mask_N[:1] = False
-        return [TokenSequence(ids, mask_N) for ids in ids_BN]
+        return ids_BN, mask_N
 
 
 _HOLE = -1
@@ -310,11 +317,6 @@ class _Layout:
 
 def _present(number: int | None) -> list[int]:
     return [] if number is None else [number]
-
-
-def _special(number: int | None, num_rows: int, learnt: bool) -> tuple[Ids, npt.NDArray[np.bool_]]:
-    ids = _present(number)
-    return np.tile(np.array(ids, np.int64), (num_rows, 1)), np.full(len(ids), learnt)
 
 
 def _require_names(setting: str, names: Sequence[Any], known: Sequence[str]) -> None:

@@ -140,6 +140,7 @@ def test_a_batch_has_its_segments_in_a_row():
     assert batch["ids"].tolist() == [[1, 2, 3, 0, 0], [4, 5, 6, 7, 0], [8, 9, 10, 11, 12]]
     assert batch["cu_seqlens"].tolist() == [0, 3, 5, 9, 10, 15]
     assert batch["cu_seqlens"].dtype == np.int32 and batch["max_seqlen"] == 5
+    assert batch["used"].tolist() == [3, 4, 5]
     assert batch["loss_mask"].shape == batch["position_ids"].shape == (3, 5)
 
 
