@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from jobs.cli import app
 from schemas import errors
 from schemas.failures import FAILURE_SCHEMA
-from schemas.job import Job, TokenizerRecord
+from schemas.job import GenerationRecord, Job, TokenizerRecord
 from schemas.jobspec import JobSpec, parse_spec
 from schemas.lease import Lease
 from schemas.ledger import Commit
@@ -185,7 +185,7 @@ def test_no_failure_class_and_no_exit_code_is_forgotten() -> None:
 
 def test_the_page_on_formats_names_every_column_and_key() -> None:
     named = set(re.findall(r"`(\w+)`", (REPOSITORY / "docs" / "formats.md").read_text(encoding="utf-8")))
-    models: list[type[BaseModel]] = [Job, TokenizerRecord, Commit, ManifestSummary, Lease]
+    models: list[type[BaseModel]] = [Job, TokenizerRecord, GenerationRecord, Commit, ManifestSummary, Lease]
     required = {
         *token_schema(list(CARRIED_COLUMNS)).names,
         *FAILURE_SCHEMA.names,
