@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from jobs.commit_table import CommitTable
 
@@ -252,15 +253,14 @@ def _storages(
 ) -> list[StorageSpeed]:
     # The ledger rounds to milliseconds, and a local shard may take less.
     read = np.maximum(read, LEAST_READ_SECONDS)
-    names = [storage_of(url) for url in urls]
-    distinct, inverse = np.unique(np.asarray(names, dtype=object).astype(str), return_inverse=True)
+    distinct, inverse = _numbered(pa.array([storage_of(url) for url in urls], pa.string()))
     count = len(distinct)
     num_shards = np.bincount(inverse, minlength=count)
     num_bytes = np.bincount(inverse, source_bytes, minlength=count)
     reading = np.bincount(inverse, read, minlength=count)
     spent = np.bincount(inverse, total, minlength=count)
     found = []
-    for place, name in enumerate(distinct.tolist()):
+    for place, name in enumerate(distinct):
         speed = float(num_bytes[place] / reading[place])
         others_read = float(reading.sum() - reading[place])
         others = float(num_bytes.sum() - num_bytes[place]) / others_read if others_read > 0 else 0.0
@@ -319,14 +319,21 @@ def _slow_shards(
 def _workers(
     commits: CommitTable, places: npt.NDArray[np.intp], samples: npt.NDArray[Any], seconds: Floats
 ) -> list[WorkerSpeed]:
-    names, inverse = np.unique(commits.table["worker"].take(places).to_numpy().astype(str), return_inverse=True)
+    names, inverse = _numbered(commits.table["worker"].take(places).combine_chunks())
     order = np.argsort(inverse, kind="stable")
     bounds = np.searchsorted(inverse[order], np.arange(len(names) + 1))
     groups = [order[first:last] for first, last in itertools.pairwise(bounds)]
     medians = [float(np.median(seconds[group])) for group in groups]
     usual = float(np.median(medians)) if medians else 0.0
     found = [
-        WorkerSpeed(str(name), len(group), int(samples[places[group]].sum()), median, median / usual if usual else 1.0)
+        WorkerSpeed(name, len(group), int(samples[places[group]].sum()), median, median / usual if usual else 1.0)
         for name, group, median in zip(names, groups, medians, strict=True)
     ]
     return sorted(found, key=lambda each: -each.factor)
+
+
+def _numbered(names: pa.Array) -> tuple[list[str], npt.NDArray[np.int32]]:
+    """The distinct names, and for each of `names` its number among them."""
+    encoded = names.combine_chunks() if isinstance(names, pa.ChunkedArray) else names
+    encoded = encoded.dictionary_encode()
+    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
