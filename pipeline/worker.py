@@ -23,6 +23,7 @@ from pipeline.byte_stream import ShardStream, open_shard
 from pipeline.decode import Decoder, gave_up
 from pipeline.decoder_process import DecoderProcesses, DecodersUnavailable
 from pipeline.encode import Encoder, PendingBatch, arithmetic_id, batch_shapes, cut_tokens, open_encoder
+from pipeline.freed_memory import keep_freed_memory
 from pipeline.group import group_samples
 from pipeline.media import media_kind_of_extension
 from pipeline.messages import (
@@ -84,6 +85,7 @@ class ShardWorker:
             num_cpus=setup.num_cpus,
             storage_options=setup.storage_options,
         )
+        keep_freed_memory()
         # Parallelism comes from the threads here; torch's own would fight with them for the cores.
         torch.set_num_threads(1)
         self._decoder = Decoder(spec.preprocess, spec.clips, spec.limits)
