@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -33,6 +34,7 @@ from pipeline.export_formats import (
 from pipeline.sequence import SequenceFormat
 from pipeline.storage import Storage
 from schemas.errors import BsqError, OutputNotOurs, SpecError, nearest_name
+from schemas.fingerprint import differing_fields
 from schemas.job import Job
 
 Target = Literal["megatron", "mds", "webdataset", "npy"]
@@ -156,11 +158,11 @@ def _claim(storage: Storage, record: dict[str, Any]) -> None:
         return
     except ValueError as error:
         raise OutputNotOurs(f"{storage.printable(RECORD_NAME)}: damaged. Name an empty folder.") from error
-    differing = [name for name in record if name not in ("complete", "created_by") and found.get(name) != record[name]]
-    if differing:
+    loose = ("complete", "created_by")
+    ours, theirs = ({name: each[name] for name in each if name not in loose} for each in (record, found))
+    if differing := differing_fields(ours, theirs):
         raise OutputNotOurs(
-            f"{storage.url}: holds another export ({', '.join(differing)} differ{'s' * (len(differing) == 1)}). "
-            f"Name an empty folder, or remove it."
+            f"{storage.url}: holds another export ({'; '.join(differing)}). Name an empty folder, or remove it."
         )
 
 
@@ -264,8 +266,7 @@ class _Megatron(_Writer):
             # The .idx first: while the .bin lies in the other folder, nobody takes the pair for whole.
             self.storage.publish("tokens.idx", megatron_index(lengths, self.dtype))
             self.storage.local_path(self._bin).rename(self.storage.local_path("tokens.bin"))
-        for name in self.storage.list("unfinished"):
-            self.storage.delete(f"unfinished/{name}")
+        shutil.rmtree(self.storage.local_path("unfinished"), ignore_errors=True)
 
     def _append(self, name: str, whole: int, data: bytes) -> int:
         """Add `data` behind the first `whole` bytes; what lies behind these was cut off by the end of a run."""

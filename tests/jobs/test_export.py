@@ -158,7 +158,7 @@ def test_megatron(dataset, tmp_path):
     out = tmp_path / "out"
     export_dataset(dataset.url, str(out), "megatron")
     assert megatron_sequences(out) == [np.ravel(row[4]).tolist() for row in rows_of(dataset)]
-    assert set(files_of(out)) == {"tokens.bin", "tokens.idx", RECORD_NAME}
+    assert {path.name for path in out.iterdir()} == {"tokens.bin", "tokens.idx", RECORD_NAME}
 
 
 def test_megatron_as_its_own_library_reads_it(dataset, tmp_path):
@@ -223,7 +223,7 @@ def test_what_is_not_this_export_is_left_alone(dataset, tmp_path):
         export_dataset(dataset.url, str(somebody), "npy")
     assert [path.name for path in somebody.iterdir()] == ["thesis.tex"]
     export_dataset(dataset.url, str(tmp_path / "out"), "npy")
-    with pytest.raises(OutputNotOurs, match=r"another export \(to differs\)"):
+    with pytest.raises(OutputNotOurs, match=r"another export \(to: npy there, mds asked for\)"):
         export_dataset(dataset.url, str(tmp_path / "out"), "mds")
 
 
@@ -256,3 +256,12 @@ def test_from_and_to_an_object_store(write_dataset, object_store, tmp_path):
     assert json.loads(stored.read_bytes(RECORD_NAME))["complete"]
     with pytest.raises(SpecError, match="grow by appending"):
         export_dataset(dataset.url, f"{object_store.url}/megatron", "megatron", storage_options=options)
+
+
+def test_the_command_says_what_it_wrote(dataset, tmp_path, bsq):
+    done = bsq("export", dataset.url, "--to", "npy", "--out", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{tmp_path / 'out'}: 24 rows of 3 token files as npy\n"
+    done = bsq("export", dataset.url, "--to", "mds", "--out", tmp_path / "out")
+    assert done.returncode == 4
+    assert done.stderr.startswith("OutputNotOurs: ") and len(done.stderr.splitlines()) == 1
