@@ -7,7 +7,7 @@ from typing import Any
 from jobs.begin import resolve_append
 from jobs.driver import Observer
 from jobs.finish import is_finished
-from jobs.generation import begin_generation, open_generation, tell_changed_selection, tell_selection
+from jobs.generation import begin_generation, changed_selection, kept_selection, open_generation
 from jobs.outcome import JobOutcome
 from jobs.start import Execution, RunnerKind, holding_lease, run_generation
 from pipeline.dataset_files import read_job
@@ -45,7 +45,7 @@ def append_job(
         begun = list_begun(storage)
         newest = read_generation(storage, job, begun[-1])
         if newest.kind == "append" and read_plans(storage, begun[-1:]).urls() == asked:
-            tell_selection(observer, newest.spec, resolved)
+            notes = kept_selection(newest.spec, resolved)
             generation = open_generation(storage, job, newest.generation, given=beginning.urls)
         else:
             if not is_finished(storage, newest.generation):
@@ -55,12 +55,12 @@ def append_job(
                 )
             planned = read_plans(storage, begun)
             _refuse_present(storage, planned, asked)
-            tell_changed_selection(observer, newest.spec, resolved)
+            notes = changed_selection(newest.spec, resolved)
             first = int(planned.shards[-1]) + 1
             plan = Plan.of(range(first, first + len(asked)), asked)
             number = newest.generation + 1
             generation = begin_generation(storage, job, number, "append", resolved, plan, given=beginning.urls)
-        return run_generation(storage, job, generation, lease, execution, observer)
+        return run_generation(storage, job, generation, lease, execution, observer, notes)
 
 
 def _refuse_present(storage: Storage, planned: Plan, asked: list[str]) -> None:

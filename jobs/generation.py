@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,6 @@ from pipeline.storage import HIDDEN, Storage, printable_url
 from schemas.errors import LeaseLost, Refused
 from schemas.job import GenerationKind, GenerationRecord, Job
 from schemas.jobspec import JobSpec, selection_differences
-from schemas.lease import Progress
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -141,22 +140,20 @@ def _with_credentials(storage: Storage, kind: GenerationKind, plan: Plan, given:
     return urls
 
 
-def tell_selection(
-    observer: Callable[[Progress, str | None], None] | None, generation: JobSpec, asked: JobSpec
-) -> None:
-    """Tell what a generation that was begun keeps of its limits and policies, though others are asked for."""
-    for name, begun, value in selection_differences(generation, asked):
-        if observer is not None:
-            observer(Progress(), f"{name} stays {begun}, as this generation was begun; {value} is for another one")
+def kept_selection(generation: JobSpec, asked: JobSpec) -> list[str]:
+    """What a generation that was begun keeps of its limits and policies though others are asked for, for people."""
+    return [
+        f"{name} stays {begun}, as this generation was begun; {value} would be for another one"
+        for name, begun, value in selection_differences(generation, asked)
+    ]
 
 
-def tell_changed_selection(
-    observer: Callable[[Progress, str | None], None] | None, before: JobSpec, now: JobSpec
-) -> None:
-    """Tell in which limits and policies a generation differs from the one before."""
-    for name, previous, value in selection_differences(before, now):
-        if observer is not None:
-            observer(Progress(), f"{name} is {value} in this generation, {previous} in the one before")
+def changed_selection(before: JobSpec, now: JobSpec) -> list[str]:
+    """In which limits and policies a generation differs from the one before, for people."""
+    return [
+        f"{name} is {value} in this generation, {previous} in the one before"
+        for name, previous, value in selection_differences(before, now)
+    ]
 
 
 class _CommittedShards:

@@ -43,9 +43,15 @@ def describe_outcome(
     if len(ledger.given_up) > SHOWN_SHARDS:
         lines.append(f"... and {len(ledger.given_up) - SHOWN_SHARDS} more shards failed.")
     if before is not None:
-        lines += _describe_change(summary, before, set(ledger.given_up))
+        shards, rows = _count(summary.files - summary.parts, "shard"), _count(summary.rows, "row")
+        more = summary.rows - before.rows
+        lines.append(
+            f"Generation {summary.generation}: the dataset now has {shards} and {rows}, {more:,} more than before."
+        )
+        if summary.failed_shards:
+            lines.append(f"Still missing: {_count(summary.failed_shards, 'shard')} that failed.")
     if summary.partial_shards:
-        lines.append(f"{summary.partial_shards} damaged shards were committed as far as they could be read.")
+        lines.append(f"Of {_count(summary.partial_shards, 'damaged shard')} only what could be read is committed.")
     fraction = summary.failed / summary.samples if summary.samples else 0.0
     too_many = fraction > max_failed_fraction
     if summary.failed:
@@ -68,14 +74,5 @@ def describe_outcome(
     return JobOutcome(3 if bad else 0, progress, lines)
 
 
-def _describe_change(summary: ManifestSummary, before: ManifestSummary, given_up: set[int]) -> list[str]:
-    """What a later generation did to the dataset."""
-    shards = summary.files - summary.parts
-    lines = [
-        f"Generation {summary.generation} of the dataset: {shards:,} shards, {summary.rows:,} rows "
-        f"({summary.rows - before.rows:,} of them new), {summary.samples:,} samples."
-    ]
-    still = summary.failed_shards - len(given_up.intersection(summary.first_failed_shards))
-    if still > 0 and not given_up:
-        lines.append(f"{still:,} shards that failed in earlier generations are still missing.")
-    return lines
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

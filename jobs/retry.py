@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from jobs.driver import Observer
 from jobs.finish import find_failed_shards, is_finished, sweep_shards
-from jobs.generation import begin_generation, open_generation, tell_changed_selection, tell_selection
+from jobs.generation import begin_generation, changed_selection, kept_selection, open_generation
 from jobs.outcome import JobOutcome, describe_outcome
 from jobs.progress import progress_of
 from jobs.start import Execution, RunnerKind, holding_lease, run_generation
@@ -63,20 +63,20 @@ def retry_job(
                     f"{storage.url}: generation {newest.generation} (`{command_of(newest.kind)}`) is not finished. "
                     f"Finish it with `{execution.command('resume')}`, then retry."
                 )
-            tell_selection(observer, newest.spec, spec)
+            notes = kept_selection(newest.spec, spec)
             generation = open_generation(storage, job, newest.generation, given=given)
         else:
             shards, summary = _find_shards(storage, kind, newest.generation)
             if not shards:
                 return _nothing_to_do(kind, summary, execution)
             execution.place(len(shards))
-            tell_changed_selection(observer, newest.spec, spec)
+            notes = changed_selection(newest.spec, spec)
             if kind == "retry":
                 sweep_shards(storage, shards)
             plan = read_plans(storage, list_begun(storage)).select(shards)
             number = newest.generation + 1
             generation = begin_generation(storage, job, number, kind, spec, plan, given=given)
-        return run_generation(storage, job, generation, lease, execution, observer)
+        return run_generation(storage, job, generation, lease, execution, observer, notes)
 
 
 def _refuse_settings(asked: JobSpec) -> None:

@@ -7,14 +7,14 @@ import dataclasses
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.begin import recognise, resolve, write_beginning
 from jobs.driver import Driver, Observer
 from jobs.finish import is_finished, sweep, write_manifest
-from jobs.generation import Generation, first_generation, open_generation, tell_selection
+from jobs.generation import Generation, first_generation, kept_selection, open_generation
 from jobs.lease import HeldLease, take_lease
 from jobs.outcome import JobOutcome, describe_outcome
 from jobs.placement import Placement, find_nodes, find_placement
@@ -66,8 +66,8 @@ def start_job(
             generation = first_generation(job, beginning.urls)
         else:
             generation = open_generation(storage, job, list_begun(storage)[-1], given=beginning.urls)
-            tell_selection(observer, generation.record.spec, beginning.job.spec)
-        return run_generation(storage, job, generation, lease, run, observer)
+        notes = kept_selection(generation.record.spec, beginning.job.spec)
+        return run_generation(storage, job, generation, lease, run, observer, notes)
 
 
 def resume_job(
@@ -131,8 +131,9 @@ def run_generation(
     lease: HeldLease,
     execution: Execution,
     observer: Observer | None,
+    notes: Sequence[str] = (),
 ) -> JobOutcome:
-    """Run a generation that was begun to its end, and write its manifest."""
+    """Run a generation that was begun to its end, and write its manifest; `notes` are told first and in the outcome."""
     number = generation.number
     # Workers take limits and policies from the job, and they are this generation's.
     job = job.model_copy(update={"spec": generation.record.spec})
@@ -141,14 +142,15 @@ def run_generation(
     ledger = read_ledger(storage, number, keep_commits=False)
     command = execution.command("resume")
     driver = Driver(storage, generation, ledger, lease, execution.spec, observer, command)
-    warnings = []
+    told = [*notes]
     if driver.has_work and not storage.fenced:
-        warnings.append(
+        told.append(
             f"{storage.url}: this storage does not refuse the second writer of a name, so it does not keep two drivers "
             f"apart: make sure that only one runs."
         )
-        if observer is not None:
-            observer(driver.progress, warnings[0])
+    if driver.has_work and observer is not None:
+        for line in told:
+            observer(driver.progress, line)
     if driver.has_work:
         runner = make_runner(storage, job, execution, driver.num_left)
         try:
@@ -171,7 +173,7 @@ def run_generation(
         max_failed_fraction=execution.spec.run.max_failed_fraction,
         retry_command=lambda switch: execution.command("retry", switch),
     )
-    return dataclasses.replace(outcome, lines=[*warnings, *outcome.lines])
+    return dataclasses.replace(outcome, lines=[*told, *outcome.lines])
 
 
 @contextlib.contextmanager
