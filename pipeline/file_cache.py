@@ -26,6 +26,8 @@ _COPY = re.compile(r"[0-9a-f]{64}(\.part)?")
 _PART = ".part"
 _REQUEST_BYTES = 1 << 24
 _POLL_SECONDS = 0.02
+_COMPLETED = -1
+"""Instead of a file to write to: another process has just written it."""
 
 
 class FileCache:
@@ -57,9 +59,10 @@ class FileCache:
                 with self._part(sha256, deadline) as part:
                     if part is None:
                         return None
+                    if part == _COMPLETED:
+                        continue
                     if (self._folder / sha256).exists():
-                        if _is_same(part, self._folder / (sha256 + _PART)):
-                            (self._folder / (sha256 + _PART)).unlink()
+                        (self._folder / (sha256 + _PART)).unlink()
                         continue
                     if not self._make_room(part, sha256, num_bytes):
                         (self._folder / (sha256 + _PART)).unlink()
@@ -99,22 +102,28 @@ class FileCache:
 
     @contextlib.contextmanager
     def _part(self, sha256: str, deadline: float) -> Iterator[int | None]:
-        """The file that a copy is written to, locked; None when another process kept it for too long."""
+        """The file that a copy is written to, locked; None when another process kept it for too long.
+
+        _COMPLETED when the copy appeared meanwhile."""
         path = self._folder / (sha256 + _PART)
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 while not _lock(descriptor):
+                    # Once the copy is there its readers hold the lock, for as long as they like.
+                    if (self._folder / sha256).exists():
+                        yield _COMPLETED
+                        return
                     if time.monotonic() > deadline:
                         yield None
                         return
                     time.sleep(_POLL_SECONDS)
+                # Unless it was completed and renamed meanwhile, or given up.
                 if _is_same(descriptor, path):
                     yield descriptor
                     return
-                # Meanwhile it was completed and renamed, or given up: look again.
                 if (self._folder / sha256).exists():
-                    yield descriptor
+                    yield _COMPLETED
                     return
             finally:
                 os.close(descriptor)

@@ -213,6 +213,8 @@ class TokenFile:
         """Read single rows of a unit of rows of one size S - 4 into buffers of S bytes, prefixes included.
 
         Returns False where rows cannot be read one by one; the caller then reads the unit.  Raises BsqError."""
+        if not rows:
+            return True
         row_bytes = len(out[0]) - PREFIX_BYTES
         header_bytes = self._header_of(unit, row_bytes)
         place = self._places[unit]
@@ -324,7 +326,7 @@ class TokenFile:
             yield
         except FileNotFoundError as error:
             raise self.damaged("it is not there") from error
-        except PARQUET_ERRORS as error:
+        except (*PARQUET_ERRORS, ValueError) as error:
             raise self.damaged(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
 
     def damaged(self, what: str) -> BsqError:
@@ -360,6 +362,7 @@ class TokenFiles:
         self._process = os.getpid()
         self._storage = Storage(self._url, self._options)
         self._lock = threading.Lock()
+        self._opening = [threading.Lock() for _ in range(64)]
         self._open: OrderedDict[int, TokenFile] = OrderedDict()
         self._checked: set[int] = set()
         self._sha256: pa.ChunkedArray | None = None
@@ -392,7 +395,9 @@ class TokenFiles:
             if file is not None:
                 self._open.move_to_end(number)
                 return file
-        file = self._open_file(number)
+        with self._opening[number % len(self._opening)]:
+            # Of threads that want one file, one opens it.
+            file = self._open.get(number) or self._open_file(number)
         with self._lock:
             self._open[number] = file
             while len(self._open) > self._max_open:

@@ -18,8 +18,12 @@ MAX_HEADER_BYTES = 1 << 16
 
 _DATA_PAGE, _DATA_PAGE_V2 = 0, 3
 _PLAIN = 0
-_BOOL_TRUE, _BOOL_FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(1, 13)
+_LEVELS = {3, 4}
+"""Encodings of levels: RLE, BIT_PACKED."""
+_BOOL_TRUE, _BOOL_FALSE, _I32, _I64, _BINARY, _STRUCT = 1, 2, 5, 6, 8, 12
 _MAX_DEPTH = 8
+_PLAIN_ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED"}
+"""Of values, and of levels."""
 
 Octets = npt.NDArray[np.uint8]
 
@@ -56,6 +60,7 @@ def chunk_place(column: Any, num_rows: int, file_bytes: int) -> ChunkPlace | Non
         or column.has_dictionary_page
         or column.total_compressed_size != column.total_uncompressed_size
         or column.num_values != num_rows
+        or not {"PLAIN"} <= set(column.encodings) <= _PLAIN_ENCODINGS
         or column.file_path
     ):
         return None
@@ -76,14 +81,16 @@ def parse_page_header(data: bytes | memoryview) -> PageHeader:
     if kind not in (_DATA_PAGE, _DATA_PAGE_V2) or not isinstance(body, dict):
         raise NotPlain("no data page")
     uncompressed, compressed, num_values = header.get(2), header.get(3), body.get(1)
-    if not (isinstance(uncompressed, int) and isinstance(compressed, int) and isinstance(num_values, int)):
-        raise NotPlain("sizes are missing")
+    # All that the format requires must be there: a header without it was not written, but damaged.
+    required = (uncompressed, compressed, *(body.get(number) for number in range(1, 5 if kind == _DATA_PAGE else 7)))
+    if not all(isinstance(each, int) for each in required):
+        raise NotPlain("a field is missing")
     if uncompressed != compressed or compressed < 0 or num_values < 0:
         raise NotPlain("a compressed page")
     if kind == _DATA_PAGE:
-        plain = body.get(2) == _PLAIN
+        plain = body[2] == _PLAIN and {body[3], body[4]} <= _LEVELS
     else:
-        plain = body.get(4) == _PLAIN and (body.get(2), body.get(5), body.get(6)) == (0, 0, 0)
+        plain = body[4] == _PLAIN and (body[2], body[3], body[5], body[6]) == (0, num_values, 0, 0)
     if not plain:
         raise NotPlain("another encoding, or levels")
     return PageHeader(reader.place, compressed, num_values)
@@ -147,7 +154,8 @@ def row_starts(chunk: Octets, row_bytes_R: npt.NDArray[np.int64]) -> npt.NDArray
 
 
 class _CompactReader:
-    """Reads Thrift's compact protocol: structs as dictionaries by field number, everything else only passed over."""
+    """Reads Thrift's compact protocol: structs as dictionaries by field number, with 32-bit integers and structs as
+    their values; whatever else a page header may hold is passed over."""
 
     def __init__(self, data: bytes | memoryview) -> None:
         self._data = data
@@ -161,23 +169,24 @@ class _CompactReader:
         while octet := self._octet():
             kind = octet & 15
             field = field + (octet >> 4) if octet >> 4 else self._zigzag()
+            if field in values or field < 1:
+                raise NotPlain("a field comes twice")
             values[field] = self._value(kind, depth)
         return values
 
     def _value(self, kind: int, depth: int) -> Any:
         if kind in (_BOOL_TRUE, _BOOL_FALSE):
-            return kind == _BOOL_TRUE
-        if kind == _BYTE:
-            return self._octet()
-        if kind in (_I16, _I32, _I64):
+            return None
+        if kind == _I32:
             return self._zigzag()
-        if kind == _DOUBLE:
-            return self._skip(8)
+        if kind == _I64:
+            self._zigzag()
+            return None
         if kind == _BINARY:
             return self._skip(self._varint())
         if kind == _STRUCT:
             return self.struct(depth + 1)
-        # Lists, sets and maps have no place in the headers of pages.
+        # Nothing else has a place in the headers of pages.
         raise NotPlain("an unexpected field")
 
     def _octet(self) -> int:
