@@ -2,191 +2,102 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from jobs.display import BAR_WIDTH, LINE_EVERY_SECONDS, describe_bytes, describe_seconds
-from pipeline.sources import expand_shards
-from pipeline.training_batches import (
-    Complaints,
-    Kind,
-    ShardSource,
-    StreamedFrames,
-    held_source,
-    hold_frames,
-    usable_cpus,
-)
+from jobs.display import BAR_WIDTH, LINE_EVERY_SECONDS, describe_seconds
+from jobs.training_data import TrainingData, save_frames
 from schemas.errors import SpecError
-from schemas.jobspec import ClipSpec, PreprocessSpec
-from schemas.trainspec import TrainDataSpec, TrainSpec, read_train_spec
-from tokenizer.frame_batches import Batches
+from schemas.trainspec import TrainSpec, read_train_spec
 from tokenizer.train_config import TrainConfig, train_config
 from tokenizer.train_log import Observer, TrainReport, describe_report
-from tokenizer.train_step import joined_ranks, num_ranks, rank, training_sizes
-from tokenizer.trainer import Trainer, held_batches, stopping_on_signals
+from tokenizer.train_step import joined_ranks, rank
+from tokenizer.trainer import Trainer, stopping_on_signals
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-def train(path: Path, *, resume: bool = False, out: str | None = None, stream: TextIO | None = None) -> Path:
+def train(
+    path: Path,
+    *,
+    resume: bool = False,
+    out: str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    stream: TextIO | None = None,
+) -> Path:
     """Run a training file to its end and return the folder of the tokenizer.
 
     Raises SpecError for a file that cannot be meant, and Interrupted after a signal, with everything saved."""
+    spec, config, folder = read_run(path, out)
+    with joined_ranks(config.run.device) as device, TrainDisplay(stream) as display:
+        observe: Observer = display.observe if rank() == 0 else lambda report: None
+        train_here(spec, config, folder, device, observe, resume=resume, storage_options=storage_options)
+    return folder / "tokenizer"
+
+
+def read_run(path: Path, out: str | None) -> tuple[TrainSpec, TrainConfig, Path]:
+    """What a training file says, and the folder of the run.  Raises SpecError, in one line, for what is wrong."""
     spec = read_train_spec(path)
     config = train_config(spec.training(), str(path))
     folder = out or spec.out
     if not folder or "://" in folder:
         raise SpecError(f"{path}: out is {folder!r}; name a local folder for the run, there or with --out.")
-    with joined_ranks(config.run.device) as device, TrainDisplay(stream) as display:
-        tell = display.tell if rank() == 0 else lambda line: None
-        batches, validation = open_data(spec, config, device, Complaints(tell), tell)
-        observers: list[Observer] = [display.observe, *tensorboard_observers(Path(folder), tell)]
-
-        def observe(report: TrainReport) -> None:
-            for each in observers:
-                each(report)
-
-        trainer = Trainer(config, batches, folder, device=device, validation=validation, observer=observe)
-        trainer.begin(resume=resume)
-        with stopping_on_signals(trainer):
-            trainer.run()
-    return Path(folder) / "tokenizer"
+    return spec, config, Path(folder)
 
 
-def save_frames(path: Path, folder: Path, *, stream: TextIO | None = None) -> None:
-    """Decode what a training file holds into FOLDER, for `python -m tokenizer.trainer` on a machine without codecs.
+def train_here(
+    spec: TrainSpec,
+    config: TrainConfig,
+    folder: Path,
+    device: torch.device,
+    observe: Observer,
+    *,
+    resume: bool,
+    storage_options: Mapping[str, Any] | None = None,
+    stopping: Callable[[Trainer], AbstractContextManager[None]] = stopping_on_signals,
+) -> None:
+    """This process's part of a run, whoever started it; `observe` hears of everything, `stopping` may end it."""
 
-    FOLDER/images.npy and clips.npy, the same under FOLDER/validation, and FOLDER/config.json."""
+    def tell(line: str) -> None:
+        observe(TrainReport(0, config.optimizer.steps, line=line))
+
+    data = TrainingData(spec=spec, config=config, tell=tell, storage_options=storage_options)
+    batches, validation = data.open(device)
+    observers = [observe, *tensorboard_observers(folder, tell)]
+
+    def observe_all(report: TrainReport) -> None:
+        for each in observers:
+            each(report)
+
+    trainer = Trainer(config, batches, folder, device=device, validation=validation, observer=observe_all)
+    trainer.begin(resume=resume)
+    with stopping(trainer):
+        trainer.run()
+
+
+def decode_ahead(
+    path: Path,
+    folder: Path,
+    *,
+    most_bytes: int | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    stream: TextIO | None = None,
+) -> None:
+    """Decode what a training file holds into FOLDER; see `jobs.training_data.save_frames`."""
     spec = read_train_spec(path)
     config = train_config(spec.training(), str(path))
     with TrainDisplay(stream) as display:
-        complaints = Complaints(display.tell)
-        held = hold_sources(spec, config, complaints, display.tell)
-        for where, arrays in ((folder, held), (folder / "validation", validation_frames(spec, config, complaints))):
-            for frames in arrays:
-                where.mkdir(parents=True, exist_ok=True)
-                name = "images.npy" if frames.shape[1] == 1 else "clips.npy"
-                np.save(where / name, frames.contiguous().numpy())
-    (folder / "config.json").write_text(json.dumps(config.to_json_dict(), indent=2) + "\n", encoding="utf-8")
-
-
-def open_data(
-    spec: TrainSpec, config: TrainConfig, device: torch.device, complaints: Complaints, tell: Callable[[str], None]
-) -> tuple[Batches, list[Tensor]]:
-    """The batches of this process, and frames to validate on."""
-    batches: Batches
-    if spec.data.hold:
-        batches = held_batches(config, hold_sources(spec, config, complaints, tell), device)
-    else:
-        batches = StreamedFrames(
-            shard_sources(spec, config),
-            sampling=config.sampling,
-            optimizer=config.optimizer,
-            seed=config.run.seed,
-            shuffle_samples=spec.data.shuffle_samples,
-            complaints=complaints,
-            rank=rank(),
-            num_ranks=num_ranks(),
-            pin=device.type == "cuda",
-        )
-    return batches, validation_frames(spec, config, complaints)
-
-
-def hold_sources(
-    spec: TrainSpec, config: TrainConfig, complaints: Complaints, tell: Callable[[str], None]
-) -> list[Tensor]:
-    """All frames to learn from, decoded: of pictures, then of clips."""
-    held = []
-    for source in shard_sources(spec, config):
-        begun = time.monotonic()
-        views = spec.data.hold_views if source.kind == "image" else 1
-        larger = held_source(source, scale=spec.data.hold_scale)
-        frames = hold_frames(
-            replace(larger, preprocess=larger.preprocess.model_copy(update={"views": views})), complaints
-        )
-        held.append(frames)
-        tell(
-            f"Decoded {len(frames):,} {'views' if source.kind == 'image' else 'clips'} "
-            f"({describe_bytes(frames.numel())}) in {describe_seconds(time.monotonic() - begun)}."
-        )
-    return held
-
-
-def validation_frames(spec: TrainSpec, config: TrainConfig, complaints: Complaints) -> list[Tensor]:
-    """Frames to measure on: pictures, then clips, as far as the spec names them."""
-    data = spec.data
-    wanted: tuple[tuple[tuple[str, ...], Kind], ...] = (
-        (data.validation_images, "image"),
-        (data.validation_clips, "video"),
-    )
-    return [
-        hold_frames(
-            validation_source(data, shards, kind, training_sizes(config)), complaints, most=data.validation_items
-        )
-        for shards, kind in wanted
-        if shards
-    ]
-
-
-def shard_sources(spec: TrainSpec, config: TrainConfig) -> list[ShardSource]:
-    """Shards to learn from, pictures before clips."""
-    wanted: tuple[tuple[tuple[str, ...], Kind], ...] = ((spec.data.images, "image"), (spec.data.clips, "video"))
-    sizes = training_sizes(config)
-    return [shard_source(spec.data, shards, kind, sizes, config.run.seed) for shards, kind in wanted if shards]
-
-
-def shard_source(
-    data: TrainDataSpec, shards: tuple[str, ...], kind: Kind, sizes: tuple[int, int], seed: int
-) -> ShardSource:
-    """Shards to learn from: one random crop of each picture or clip."""
-    size, num_frames = sizes
-    return ShardSource(
-        urls=expand_shards(shards),
-        kind=kind,
-        preprocess=PreprocessSpec(
-            size=size,
-            crop="random",
-            filter=data.filter,
-            random_scale=data.random_scale,
-            flip=data.flip,
-            seed=seed,
-            engine=_engine(data.filter),
-        ),
-        clips=ClipSpec(fps=data.fps, clip_frames=num_frames, stride=data.clip_stride, short_clips="drop"),
-        limits=data.limits,
-        clips_per_video=data.clips_per_video,
-        num_threads=data.decode_threads or usable_cpus(),
-    )
-
-
-def validation_source(data: TrainDataSpec, shards: tuple[str, ...], kind: Kind, sizes: tuple[int, int]) -> ShardSource:
-    """Shards to measure on: the middle square by Lanczos, and of a video its first clip."""
-    source = shard_source(data, shards, kind, sizes, 0)
-    preprocess = PreprocessSpec(size=sizes[0], engine=_engine("lanczos"))
-    return replace(source, preprocess=preprocess, clips_per_video=1)
-
-
-def _engine(filter: str) -> Any:
-    # Training needs no bits that are the same everywhere, so an older torch may lend Pillow's resize.
-    from pipeline.preprocess import check_engine
-
-    try:
-        check_engine(filter, "torch")  # type: ignore[arg-type]
-    except SpecError:
-        return "pillow"
-    return "torch"
+        data = TrainingData(spec=spec, config=config, tell=display.tell, storage_options=storage_options)
+        save_frames(data, folder, most_bytes=most_bytes)
 
 
 def tensorboard_observers(folder: Path, tell: Callable[[str], None]) -> list[Observer]:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from schemas.errors import SpecError, printable
+from tokenizer.jpeg_frames import KEYS, decode_jpeg_frames
 from tokenizer.train_config import OptimizerPart, SamplingPart
 
 _KIND_DRAW, _ORDER_DRAW, _CROP_DRAW = range(3)
@@ -143,22 +145,30 @@ class HeldFrames:
 
 
 def read_arrays(path: str | os.PathLike[str]) -> list[np.ndarray[Any, Any]]:
-    """The arrays of an .npz or .npy file, or of all .npy files of a folder in the order of their names."""
+    """The arrays of an .npz or .npy file, or of all those of a folder in the order of their names.
+
+    An .npz file may hold frames as JPEG (`tokenizer.jpeg_frames`).  Raises SpecError for what cannot be read."""
     source = Path(path)
-    shown = printable(str(source))
+    files = sorted([*source.glob("*.npy"), *source.glob("*.npz")]) if source.is_dir() else [source]
+    if not files:
+        raise SpecError(
+            f"{printable(str(source))}: there is no .npy or .npz file. Save frames with np.save as uint8 "
+            "[N, T, H, W, 3]."
+        )
+    return [array for file in files for array in _read_file(file)]
+
+
+def _read_file(file: Path) -> list[np.ndarray[Any, Any]]:
+    shown = printable(str(file))
     try:
-        if source.is_dir():
-            arrays = [np.load(each, mmap_mode="r", allow_pickle=False) for each in sorted(source.glob("*.npy"))]
-        elif source.suffix == ".npz":
-            with np.load(source, allow_pickle=False) as stored:
-                arrays = [stored[name] for name in stored.files]
-        else:
-            arrays = [np.load(source, mmap_mode="r", allow_pickle=False)]
-    except (OSError, ValueError) as error:
+        if file.suffix != ".npz":
+            return [np.load(file, mmap_mode="r", allow_pickle=False)]
+        with np.load(file, allow_pickle=False) as stored:
+            if set(stored.files) == KEYS:
+                return [decode_jpeg_frames(stored, shown)]
+            return [stored[name] for name in stored.files]
+    except (OSError, ValueError, BadZipFile) as error:
         raise SpecError(f"{shown}: cannot be read as NumPy arrays ({error}).") from error
-    if not arrays:
-        raise SpecError(f"{shown}: there is no .npy file. Save frames with np.save as uint8 [N, T, H, W, 3].")
-    return arrays
 
 
 def centre_frames(array: np.ndarray[Any, Any] | Tensor, *, image_size: int, max_frames: int) -> Tensor:

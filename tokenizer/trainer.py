@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -301,8 +301,15 @@ class Trainer:
         self._observer(TrainReport(self.step, self.config.optimizer.steps, line=line))
 
 
+class Stoppable(Protocol):
+    """What a signal can ask to end."""
+
+    def stop(self) -> None:
+        """Save and end soon."""
+
+
 @contextmanager
-def stopping_on_signals(trainer: Trainer) -> Iterator[None]:
+def stopping_on_signals(trainer: Stoppable) -> Iterator[None]:
     """Let SIGTERM and SIGINT end the run with everything saved; a second signal ends it at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:

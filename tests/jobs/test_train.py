@@ -13,7 +13,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from jobs.train import TrainDisplay, save_frames, train
+from jobs.cli import run
+from jobs.train import TrainDisplay, decode_ahead, train
 from schemas.errors import SpecError
 from schemas.trainspec import TrainDataSpec, parse_train_spec, read_train_spec
 from tests.tiny_corpus import BSQ, REPOSITORY, bsq_environment
@@ -92,12 +93,47 @@ def test_frames_that_are_decoded_ahead_train_the_same_tokenizer(tmp_path, small_
     """On a machine without codecs; `torch` and NumPy are enough there."""
     config = write_config(tmp_path, small_shards)
     whole = train(config, stream=io.StringIO())
-    save_frames(config, tmp_path / "frames", stream=io.StringIO())
+    decode_ahead(config, tmp_path / "frames", stream=io.StringIO())
     arguments = ["--frames", tmp_path / "frames", "--validation", tmp_path / "frames" / "validation",
                  "--config", tmp_path / "frames" / "config.json", "--out", tmp_path / "bare"]  # fmt: skip
     assert train_from_arrays([str(each) for each in arguments]) == 0, capsys.readouterr().err
     assert losses(tmp_path / "bare") == losses(tmp_path / "run")
     assert weight_sha256(from_pretrained(whole)) == weight_sha256(from_pretrained(tmp_path / "bare" / "tokenizer"))
+
+
+def test_compact_frames_are_close_fit_their_bytes_and_train_without_our_codecs(tmp_path, small_shards, capsys):
+    config = write_config(tmp_path, small_shards)
+    told = io.StringIO()
+    decode_ahead(config, tmp_path / "frames", stream=io.StringIO())
+    # Two kinds of files would be read twice: the earlier ones go.
+    decode_ahead(config, tmp_path / "frames", most_bytes=400_000, stream=told)
+    names = {path.name for path in (tmp_path / "frames").iterdir()}
+    assert names == {"images.npz", "clips.npz", "validation", "config.json"}
+    assert "of JPEG at quality" in told.getvalue()
+    assert sum(path.stat().st_size for path in (tmp_path / "frames").rglob("*")) < 400_000 + 8_000
+    folders = ["--frames", str(tmp_path / "frames"), "--validation", str(tmp_path / "frames" / "validation")]
+    settings = ["--config", str(tmp_path / "frames" / "config.json"), "--out", str(tmp_path / "bare")]
+    assert train_from_arrays([*folders, *settings]) == 0, capsys.readouterr().err
+    assert from_pretrained(tmp_path / "bare" / "tokenizer").config.trained
+
+
+def test_frames_that_cannot_fit_are_refused_with_what_to_lower(tmp_path, small_shards):
+    config = write_config(tmp_path, small_shards)
+    with pytest.raises(SpecError, match=r"quality 75, and [\d,]+ are left for them\. Lower data\.hold_views"):
+        decode_ahead(config, tmp_path / "frames", most_bytes=30_000, stream=io.StringIO())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--compact", "5"], "SpecError: --compact goes with --decode-to only"),
+        (["--cpus-per-worker", "2"], "SpecError: --cpus-per-worker and --ray-address go with --ray-workers only"),
+        (["--ray-address", "auto"], "SpecError: --cpus-per-worker and --ray-address go with --ray-workers only"),
+    ],
+)
+def test_options_that_mean_nothing_alone_are_refused(arguments, words, tmp_path, small_shards, capsys):
+    assert run(["train", str(write_config(tmp_path, small_shards)), *arguments]) == 2
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
