@@ -19,7 +19,8 @@ from schemas.errors import LeaseHeld, SpecError
 from schemas.lease import Progress
 
 ROOT = Path(jobs.cli.__file__).parents[1]
-COMMANDS = ["tokenize", "resume", "retry", "status", "verify", "inspect", "reconstruct", "import-checkpoint", "demo"]
+COMMANDS = ["tokenize", "resume", "retry", "status", "verify", "inspect", "reconstruct", "import-checkpoint", "train",
+            "evaluate", "demo"]  # fmt: skip
 
 
 @pytest.fixture
