@@ -57,7 +57,8 @@ class LedgerWriter:
         lines = [record.to_line() for record in self._waiting]
         reached("before_ledger")
         name = f"{self._folder}/{segment_name(self._next_segment)}"
-        won = self._storage.create_only(name, ("\n".join(lines) + "\n").encode())
+        data = ("\n".join(lines) + "\n").encode()
+        won = self._storage.create_only(name, data, on_temporary=lambda: reached("in_ledger"))
         if won and self._is_merged_away(self._next_segment):
             self._storage.delete(name)
             won = False

@@ -1,7 +1,7 @@
 """The named points of the commit protocol, at which a test can hold a process to kill it there.
 
-`BSQTOK_HOLD_AT=STEP:FOLDER` makes every process that reaches STEP write FOLDER/STEP.PID and wait there until that
-file is deleted.  Without the variable a step costs one comparison.
+`BSQTOK_HOLD_AT=STEP+STEP:FOLDER` makes every process that reaches one of the steps write FOLDER/STEP.PID and wait there
+until that file is deleted.  Without the variable a step costs one look into an empty set.
 
 `BSQTOK_DECODE_FAULT=FAULT:KEY,...` makes the decoder of a sample do what a broken codec does, wherever it runs:
 `abort` the process, `hang`, `freeze` (hang without letting any other thread of the process run), or be `slow`."""
@@ -19,6 +19,7 @@ STEPS = (
     "after_temp",
     "after_publish",
     "before_ledger",
+    "in_ledger",
     "after_ledger",
     "before_manifest",
     "after_manifest",
@@ -27,12 +28,13 @@ GENERATION_STEPS = ("before_generation", "after_generation")
 """Around the record with which a later generation is begun."""
 
 _FAULTS = dict(fault.split(":", 1)[::-1] for fault in os.environ.get("BSQTOK_DECODE_FAULT", "").split(",") if fault)
-_HOLD_AT, _, _FOLDER = os.environ.get("BSQTOK_HOLD_AT", "").partition(":")
+_HELD, _, _FOLDER = os.environ.get("BSQTOK_HOLD_AT", "").partition(":")
+_HOLD_AT = frozenset(_HELD.split("+"))
 
 
 def reached(step: str) -> None:
     """Tell that the calling process stands at `step`."""
-    if step != _HOLD_AT:
+    if step not in _HOLD_AT:
         return
     marker = Path(_FOLDER) / f"{step}.{os.getpid()}"
     marker.touch()

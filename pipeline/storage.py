@@ -235,14 +235,18 @@ class Storage:
             temporary.replace(target)
             _sync_folder(target.parent)
 
-    def create_only(self, name: str, data: bytes) -> bool:
+    def create_only(self, name: str, data: bytes, *, on_temporary: Callable[[], None] | None = None) -> bool:
         """Write `data` under `name` unless that name is taken; return whether this call won it.
 
-        Where `fenced` is False the store cannot decide, and the answer comes from looking before and after."""
+        `on_temporary` is called when the bytes are safe but nothing is visible under `name` yet.  Where `fenced` is
+        False the store cannot decide, and the answer comes from looking before and after."""
+        step = on_temporary or (lambda: None)
         if not self.is_local:
+            step()
             return self._create_remote(name, data)
         target = self._local(name)
         with self._mapping_errors("write", name), self._temporary(target, data) as temporary:
+            step()
             won = self._link(temporary, target)
             if won:
                 _sync_folder(target.parent)

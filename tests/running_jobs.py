@@ -64,7 +64,8 @@ class RunningJob:
             for pid in pids:
                 os.kill(pid, signal.SIGKILL)
         else:
-            os.killpg(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
             self.process.wait()
 
     def workers(self) -> set[int]:
