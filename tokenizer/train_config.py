@@ -225,7 +225,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "no-lpips": {"losses": {"lpips_weight": 0.0, "ms_ssim_weight": 0.1}},
     # Reconstruction and the entropy of each bit: learns on two CPU cores.
     "small-cpu": {
-        "model": {"width": 192, "layers": 4, "heads": 3, "head_width": 768},
         "losses": {
             "reconstruction": "mse",
             "lpips_weight": 0.0,
