@@ -59,7 +59,9 @@ def run(arguments: Sequence[str]) -> int:
         error.show()
         return int(error.exit_code)
     except BsqError as error:
-        _complain(f"{type(error).__name__}: {error}")
+        # The family's own name says nothing: such an error is about a damaged file, which the message names.
+        kind = "Error" if type(error) is BsqError else type(error).__name__
+        _complain(f"{kind}: {error}")
         return error.exit_code
     except BrokenPipeError:
         # Whoever read our output has seen enough (`bsq inspect FILE | head`); typer also ends with 1 then.

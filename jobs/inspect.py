@@ -57,7 +57,8 @@ def describe(url: str, storage_options: Mapping[str, Any] | None = None) -> str:
     parent, slash, name = url.rpartition("/")
     folder = Storage(parent or slash or ".", storage_options)
     if name and folder.exists(name):
-        return _describe_file(folder, name)
+        described = _describe_file(folder, name)
+        return described if slash else described.removeprefix("./")
     raise SpecError(
         f"{printable_url(url)}: no dataset (it has no {JOB_NAME}), no tokenizer and no file. Name a dataset's folder, "
         f"or one of its files."

@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
+from jobs.existing_job import existing_job
 from jobs.lease import is_dead, read_lease
 from pipeline.dataset_files import (
     LedgerState,
     StoredFile,
     iter_commits,
     manifest_table_name,
-    read_job,
     read_ledger,
     read_manifest_summary,
     read_plan,
@@ -27,7 +27,7 @@ from pipeline.generations import command_of, list_begun, read_generation
 from pipeline.messages import Heartbeat
 from pipeline.parquet import PARQUET_ERRORS, read_parquet
 from pipeline.storage import Storage
-from schemas.errors import BsqError, SpecError
+from schemas.errors import BsqError
 from schemas.failures import POISON
 from schemas.job import GenerationKind
 from schemas.lease import Lease, Progress
@@ -231,9 +231,7 @@ def read_status(out: str, storage_options: dict[str, Any] | None = None) -> Stat
 
     Raises SpecError when there is no job."""
     storage = Storage(out, storage_options)
-    job = read_job(storage)
-    if job is None:
-        raise SpecError(f"{storage.url}: there is no bsqtok dataset here.")
+    job = existing_job(storage)
     generation = list_begun(storage)[-1]
     status = Status(
         url=storage.url,

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from jobs.contact_sheet import Tile, draw_sheet, png_bytes
-from pipeline.dataset_files import read_job
+from jobs.existing_job import existing_job
 from pipeline.find_rows import FoundRow, find_rows, like_keys, list_token_files, read_row, why_missing
 from pipeline.storage import Storage
 from schemas.errors import SampleError, ShardError, SourceChanged, SpecError
@@ -129,9 +129,7 @@ def _title(job: Job) -> str:
 
 
 def _read_decodable_job(storage: Storage) -> Job:
-    job = read_job(storage)
-    if job is None:
-        raise SpecError(f"{storage.url}: there is no dataset here (no job.json). Name the folder given as --out.")
+    job = existing_job(storage)
     if job.tokenizer.config.get("preset") == STUB:
         raise SpecError(f"{storage.url}: made with the stub of tests and benchmarks, whose tokens cannot be decoded.")
     return job

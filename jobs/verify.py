@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jobs.existing_job import existing_job
 from pipeline.check_files import CheckedFiles, check_committed_files, check_shard_parts
 from pipeline.dataset_files import (
     CommittedParts,
@@ -25,14 +26,13 @@ from pipeline.dataset_files import (
     iter_commits,
     list_generations,
     plan_name,
-    read_job,
     read_ledger,
     read_manifest,
     read_plan,
 )
 from pipeline.generations import Plan, generation_name, list_begun, read_generation
 from pipeline.storage import Storage
-from schemas.errors import BsqError, CheckpointError, SpecError
+from schemas.errors import BsqError, CheckpointError
 from schemas.fingerprint import fingerprint
 from schemas.job import Job
 from schemas.ledger import Commit
@@ -101,9 +101,7 @@ def verify_dataset(
     `on_progress` is called with the number of token files checked and the number there are.  Raises SpecError when
     there is no dataset, and BsqError when job.json, the plan or the ledger itself cannot be read."""
     storage = Storage(out, storage_options)
-    job = read_job(storage)
-    if job is None:
-        raise SpecError(f"{storage.url}: there is no dataset here (no job.json). Name the folder given as --out.")
+    job = existing_job(storage)
     result = Verification(storage.url)
     result.problems += _job_problems(storage, job, storage_options)
 

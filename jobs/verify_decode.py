@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jobs.commit_table import CommitTable, read_commit_table
+from jobs.existing_job import existing_job
 from jobs.originals import Frames, read_originals
 from jobs.reconstruct import TokenDecoder, psnr
 from jobs.sample_rows import choose_rows, read_rows
 from pipeline.byte_stream import RetryPolicy
-from pipeline.dataset_files import read_job
 from pipeline.find_rows import FoundRow
 from pipeline.storage import Storage
 from pipeline.stub import STUB_NAME
-from schemas.errors import BsqError, InputError, SourceChanged, SpecError
+from schemas.errors import BsqError, InputError, SourceChanged
 from schemas.job import Job
 
 if TYPE_CHECKING:
@@ -122,9 +122,7 @@ def retokenize(
     from pipeline.encode import arithmetic_id
 
     storage = Storage(out, storage_options)
-    job = read_job(storage)
-    if job is None:
-        raise SpecError(f"{storage.url}: there is no dataset here (no job.json). Name the folder given as --out.")
+    job = existing_job(storage)
     commits = read_commit_table(storage)
     recomputation = _Recomputation(storage, job, device, storage_options)
     chosen = choose_rows(commits, count, seed)

@@ -37,9 +37,7 @@ def verify(
             show_default=False,
         ),
     ] = 0,
-    seed: Annotated[
-        int, typer.Option("--seed", metavar="N", min=0, help="Chooses the rows of --decode. Left out: 0.")
-    ] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Chooses the rows of --decode.")] = 0,
     storage_option: StorageOptions = None,
 ) -> None:
     """Check every file of the dataset in DIR against job, plan, ledger and manifest, byte by byte.

@@ -42,6 +42,7 @@ def switch(flag: str, help: str, panel: str | None = None, **settings: Any) -> A
 
 
 SQUARE, CLIPS, RUNNING, OUTPUT = "From a frame to a square", "From a video to clips", "Running", "Output"
+STORAGE = "Storage"
 
 OutputFolder = Annotated[str, typer.Argument(help="Folder or URL of the dataset.", metavar="DIR", show_default=False)]
 NoRay = Annotated[
@@ -81,7 +82,7 @@ StorageOptions = Annotated[
         metavar="KEY=VALUE",
         help="Pass a setting to the storage, such as anon=true or client_kwargs.endpoint_url=https://...; repeatable. "
         "@FILE reads them from a file, one a line. Left out: the storage's own defaults.",
-        rich_help_panel=RUNNING,
+        rich_help_panel=STORAGE,
         show_default=False,
     ),
 ]

@@ -23,6 +23,7 @@ from markupsafe import Markup
 from jobs.begin import created_by
 from jobs.commit_table import CommitTable, column_sum, read_commit_table
 from jobs.display import describe_bytes
+from jobs.existing_job import existing_job
 from jobs.lease import is_dead, read_lease
 from jobs.report import charts, words
 from jobs.report.drift import Usage, measure_usage
@@ -30,7 +31,6 @@ from jobs.report.failures import Failures, collect_failures
 from jobs.report.findings import Finding, find
 from jobs.report.pictures import Pictures, make_pictures
 from jobs.report.speed import Speed, measure_speed
-from pipeline.dataset_files import read_job
 from pipeline.storage import Storage, printable_url
 from schemas.errors import SpecError
 from schemas.job import Job
@@ -64,9 +64,7 @@ def write_report(out: str, target: str, *, seed: int = 0, storage_options: Mappi
     if target.endswith("/") or not PurePosixPath(target).name:
         raise SpecError(f"{printable_url(target)}: this is a folder. Name the file to write, such as report.html.")
     storage = Storage(out, storage_options)
-    job = read_job(storage)
-    if job is None:
-        raise SpecError(f"{storage.url}: there is no dataset here (no job.json). Name the folder given as --out.")
+    job = existing_job(storage)
     commits = read_commit_table(storage)
     state = _state(storage, commits)
     speed = measure_speed(commits, job.tokenizer.grid[0] * job.tokenizer.grid[1])

@@ -42,7 +42,7 @@ def heartbeat(seconds: float, samples: int, *, device_wait: float = 0.0, decode_
 
 
 def test_where_there_is_no_dataset_status_says_so(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="no bsqtok dataset"):
+    with pytest.raises(SpecError, match="there is no dataset here"):
         read_status(str(tmp_path))
 
 
