@@ -99,7 +99,9 @@ class Batcher:
                     if self._ready:
                         break
                 self._changed.wait(POLL_SECONDS)
-            self.device_wait_seconds += time.monotonic() - began
+                # Not only when it ends: whoever looks meanwhile must see it.
+                began, waited_since = time.monotonic(), began
+                self.device_wait_seconds += began - waited_since
             return self._ready.popleft()
 
     def give_back(self, batch: Batch) -> None:
@@ -117,15 +119,14 @@ class Batcher:
             self._changed.notify_all()
 
     def _reserve(self, length: int, row: Row) -> tuple[Batch, int]:
-        began = None
+        began = time.monotonic()
         with self._changed:
             while (batch := self._open.get(length) or self._new_batch(length)) is None:
                 if self._stop.is_set():
                     raise Stopped
-                began = began or time.monotonic()
                 self._changed.wait(POLL_SECONDS)
-            if began is not None:
-                self.decode_wait_seconds += time.monotonic() - began
+                began, waited_since = time.monotonic(), began
+                self.decode_wait_seconds += began - waited_since
             self._open[length] = batch
             batch.rows.append(row)
             if len(batch.rows) == batch.capacity:

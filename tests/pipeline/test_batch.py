@@ -195,6 +195,25 @@ def test_at_most_the_given_number_of_batches_of_each_shape_is_ever_in_use() -> N
     assert batches.decode_wait_seconds > 0
 
 
+def test_waiting_counts_while_it_lasts() -> None:
+    stop = threading.Event()
+    batches = batcher(stop=stop)
+
+    def take() -> None:
+        with pytest.raises(Stopped):
+            batches.take(never)
+
+    waiting = in_thread(take)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while batches.device_wait_seconds == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert batches.device_wait_seconds > 0 and waiting.is_alive(), "no batch has come yet"
+    stop.set()
+    batches.wake()
+    waiting.join(PATIENCE_SECONDS)
+    assert not waiting.is_alive()
+
+
 def test_the_stop_flag_wakes_whoever_waits_to_add_or_to_take() -> None:
     stop = threading.Event()
     batches = batcher(images=1, slots=1, stop=stop)
