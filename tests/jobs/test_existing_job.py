@@ -39,7 +39,7 @@ def test_without_one_near_the_folder_is_asked_for(tmp_path):
 
 def test_a_file_is_no_folder(write_dataset):
     url = f"{write_dataset().url}/job.json"
-    assert complaint(url) == "this is a file. Name a dataset's folder; `bsq inspect` describes files."
+    assert complaint(url) == "this is a file. Name a dataset's folder; `bsq inspect` describes single files."
 
 
 def test_in_an_object_store_it_is_looked_for_below(write_dataset, object_store):
