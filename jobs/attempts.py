@@ -75,6 +75,7 @@ class ShardQueue:
         # themselves: then another death costs no other shard an attempt.
         self._later: list[tuple[float, int]] = []
         self._alone: list[tuple[float, int]] = [(0.0, shard) for shard in shards if self.is_suspect(shard)]
+        self._apart = frozenset(shard for _, shard in self._alone)
 
     def is_suspect(self, shard: int) -> bool:
         """Whether a worker died of it, perhaps."""
@@ -90,7 +91,7 @@ class ShardQueue:
         while self._next < len(self._shards):
             shard = self._shards[self._next]
             self._next += 1
-            if not self.is_suspect(shard):
+            if shard not in self._apart:
                 return shard
         return None
 

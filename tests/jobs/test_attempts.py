@@ -68,6 +68,16 @@ def test_a_shard_that_may_kill_workers_waits_for_one_that_is_idle() -> None:
     assert queue.take(alone=True) == 1
 
 
+def test_a_shard_that_was_suspect_is_handed_out_once_though_it_is_forgotten_when_committed() -> None:
+    failed = {shard: [attempt(shard, WORKER_DIED, [])] for shard in (0, 1)}
+    queue = ShardQueue(range(4), failed, max_attempts=3)
+    taken = []
+    while (shard := queue.take(alone=True)) is not None:
+        taken.append(shard)
+        queue.forget(shard)
+    assert taken == [0, 1, 2, 3]
+
+
 def test_a_shard_that_waits_for_its_turn_holds_no_other_back() -> None:
     queue = ShardQueue(range(3), {}, max_attempts=5)
     assert everything(queue) == [0, 1, 2]
