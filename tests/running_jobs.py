@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.tiny_corpus import BSQ, bsq_environment
@@ -21,11 +21,17 @@ STUB = ["--tokenizer", "stub", "--size", "64"]
 class RunningJob:
     """A `bsq` command in a process group of its own."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
     markers: Path
     """Where processes that stand at a step say so."""
-    said: tuple[str, str] = field(default=("", ""))
-    """What it wrote to stdout and stderr, once it has ended."""
+    outputs: tuple[Path, Path]
+    """Files that take its stdout and stderr."""
+
+    @property
+    def said(self) -> tuple[str, str]:
+        """What it has written to stdout and stderr."""
+        stdout, stderr = (path.read_text() for path in self.outputs)
+        return stdout, stderr
 
     @property
     def pid(self) -> int:
@@ -54,8 +60,6 @@ class RunningJob:
             if letting_go:
                 self.let_go()
             time.sleep(0.02)
-        if self.said == ("", ""):
-            self.said = self.process.communicate()
         return self.process.returncode
 
     def kill(self, *pids: int) -> None:
@@ -89,15 +93,16 @@ def start_jobs(folder: Path) -> Iterator[StartJob]:
         markers = folder / f"markers-{len(jobs)}"
         markers.mkdir()
         settings = {"BSQTOK_HOLD_AT": f"{hold_at}:{markers}", "BSQTOK_DECODE_FAULT": ",".join(faults)}
-        process = subprocess.Popen(
-            [*BSQ, *map(str, arguments)],
-            env=bsq_environment(settings),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        jobs.append(RunningJob(process, markers))
+        outputs = folder / f"stdout-{len(jobs)}", folder / f"stderr-{len(jobs)}"
+        with outputs[0].open("w") as stdout, outputs[1].open("w") as stderr:
+            process = subprocess.Popen(
+                [*BSQ, *map(str, arguments)],
+                env=bsq_environment(settings),
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,
+            )
+        jobs.append(RunningJob(process, markers, outputs))
         return jobs[-1]
 
     yield start
@@ -108,8 +113,7 @@ def start_jobs(folder: Path) -> Iterator[StartJob]:
                 signal_quietly(pid)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(job.pid, signal.SIGKILL)
-        if job.said == ("", ""):
-            job.process.communicate()
+        job.process.wait()
 
 
 def signal_quietly(pid: int, number: int = signal.SIGKILL) -> bool:

@@ -1,0 +1,82 @@
+"""Nodes that join and nodes that die while a job runs on several of them, raylets of their own on this machine."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.dataset_files import read_ledger
+from pipeline.storage import Storage
+from tests.running_jobs import STUB, RunningJob, StartJob, wait_until
+from tests.tiny_corpus import BSQ, REPOSITORY, bsq_environment, dataset_files
+
+QUICK_CHECKS = {
+    "health_check_initial_delay_ms": 500,
+    "health_check_period_ms": 500,
+    "health_check_failure_threshold": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def local_files(small_shards: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the same job leaves without Ray."""
+    out = tmp_path_factory.mktemp("without-ray") / "out"
+    arguments = ["tokenize", *map(str, small_shards), "--out", str(out), *STUB, "--in-process"]
+    subprocess.run([*BSQ, *arguments], check=True, capture_output=True, env=bsq_environment())
+    return dataset_files(out)
+
+
+@pytest.fixture
+def markers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where actors stand still before a token file, whatever node they are on: they inherit from its raylet."""
+    folder = tmp_path / "markers"
+    folder.mkdir()
+    monkeypatch.setenv("BSQTOK_HOLD_AT", f"before_tokens:{folder}")
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return folder
+
+
+@pytest.fixture
+def cluster(markers: Path) -> Iterator[Any]:
+    """A head that has no CPU for workers."""
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": QUICK_CHECKS})
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def test_a_node_that_joins_gets_work_and_one_that_dies_costs_no_attempt(
+    cluster: Any, markers: Path, small_shards: list[Path], local_files: dict[str, str], tmp_path: Path, start: StartJob
+) -> None:
+    out = tmp_path / "out"
+    first = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+    job: RunningJob = start(
+        "tokenize", *small_shards, "--out", out, *STUB, "--ray-address", cluster.address, "--device", "cpu"
+    )
+    job.markers = markers
+    (victim,) = job.wait_until_standing()
+    cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+    other = next(pid for pid in job.wait_until_standing(2) if pid != victim)
+    assert dataset_files(out) == {}
+    cluster.remove_node(first, allow_graceful=False)
+    wait_until(lambda: "is gone" in job.said[1], "the driver hears of the dead node", job)
+    job.let_go(victim)
+    assert job.standing() == {other}
+    assert job.end() == 0, job.said
+    assert dataset_files(out) == local_files
+    ledger = read_ledger(Storage(str(out)), 0)
+    lost = [attempt for attempts in ledger.failed_attempts.values() for attempt in attempts]
+    assert len(lost) == 2 and not any(attempt.counts for attempt in lost), lost
+    assert all("node has died" in attempt.message for attempt in lost)
+    assert {commit.worker for commit in ledger.commits.values()} == {"cpu1"}
+    assert all(ledger.commits[attempt.shard, 0].attempt == 2 for attempt in lost)
