@@ -202,7 +202,7 @@ def _measure(setup: WorkerSetup, excerpts: Sequence[Excerpt], seconds: float, lo
                 found.beats.append(beat)
             death = handle.death()
             if death is not None:
-                raise BsqError(f"{death} while it measured. Its last words are in no file; try `bsq tokenize`.")
+                raise BsqError(f"{death.reason}, while it measured. `bsq tokenize` would tell more of it.")
             passed = time.monotonic() - began - found.start_seconds
             if (found.committed and passed > seconds) or passed > MOST_SECONDS:
                 break

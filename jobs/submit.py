@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import logging
 import os
 import re
 import secrets
@@ -35,8 +36,12 @@ PACKAGES = ("schemas", "tokenizer", "pipeline", "jobs")
 JOB_FILE = "job.yaml"
 STORAGE_FILE = "storage-options.txt"
 KNOCK_SECONDS = 10.0
+START_SECONDS = 60.0
+"""What a head may take from answering to being able to run a job."""
 STOP_SECONDS = 45
 """What a job gets to finish what it has read, before Ray kills it.  The driver's own limit is shorter."""
+_TOKEN_FILE = "~/.ray/auth_token"
+"""Where Ray keeps the token of a cluster that wants one."""
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _REQUIREMENT = re.compile(r"^([A-Za-z0-9._-]+)[^;]*(?:;.*extra == ['\"](\w+)['\"])?")
 _NOT_SHIPPED = ("torch", "ray")
@@ -86,14 +91,20 @@ class Cluster:
         try:
             port = parts.port or (443 if parts.scheme == "https" else 80)
             socket.create_connection((parts.hostname, port), KNOCK_SECONDS).close()
-            from ray.job_submission import JobSubmissionClient
-
-            self._client = JobSubmissionClient(self._address)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise SpecError(
                 f"{self._address}: no Ray dashboard answers there ({_first_line(error)}). Check --address; the head "
                 f"node needs ray[default]."
             ) from error
+        _use_token()
+        from ray.job_submission import JobSubmissionClient
+
+        # They tell of every package that they upload.
+        for name in ("dashboard_sdk", "job.sdk"):
+            logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+        logging.getLogger("ray").setLevel(logging.WARNING)
+        with self._asking():
+            self._client = JobSubmissionClient(self._address)
 
     def submit(self, spec: JobSpec, *, ship_packages: bool, storage_options: Sequence[str] = ()) -> str:
         """Hand in a job and return its id.  `storage_options` are KEY=VALUE pairs.
@@ -118,7 +129,7 @@ class Cluster:
             if ship_packages:
                 environment["pip"] = {"packages": pinned_requirements(), "pip_check": False}
             with self._asking():
-                return self._client.submit_job(
+                return self._submit_patiently(
                     entrypoint=command,
                     submission_id=job_id,
                     runtime_env=environment,
@@ -182,13 +193,30 @@ class Cluster:
             time.sleep(0.2)
         return job
 
+    def _submit_patiently(self, **arguments: Any) -> str:
+        """Submit, also to a head that has just been started and has nobody yet who could run a job."""
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                return str(self._client.submit_job(**arguments))
+            except RuntimeError as error:
+                if "try again later" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(1.0)
+
     @contextlib.contextmanager
     def _asking(self) -> Iterator[None]:
         import aiohttp
         import requests
+        from ray.exceptions import AuthenticationError
 
         try:
             yield
+        except AuthenticationError as error:
+            raise SpecError(
+                f"{self._address}: the Ray cluster wants to know who asks ({_first_line(error)}). Set RAY_AUTH_TOKEN, "
+                f"or put its token into {_TOKEN_FILE}."
+            ) from error
         except (RuntimeError, ValueError, OSError, aiohttp.ClientError, requests.RequestException) as error:
             raise BsqError(
                 f"the Ray cluster at {self._address} did not answer as it should ({_first_line(error)}). "
@@ -216,7 +244,7 @@ def stage_job(spec: JobSpec, folder: Path) -> None:
     with contextlib.suppress(PackageNotFoundError):
         # So that the code there knows its version.
         metadata = folder / f"bsqtok-{version('bsqtok')}.dist-info" / "METADATA"
-        metadata.parent.mkdir()
+        metadata.parent.mkdir(exist_ok=True)
         metadata.write_text(f"Metadata-Version: 2.1\nName: bsqtok\nVersion: {version('bsqtok')}\n", encoding="utf-8")
 
 
@@ -255,6 +283,13 @@ def _copy_list(source: Path, target: Path) -> None:
     stripped = (line.strip() for line in lines)
     kept = [line if line.startswith("@") else _absolute(line) for line in stripped if line and not line.startswith("#")]
     target.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _use_token() -> None:
+    """Have Ray send its token where there is one, as its own commands do.  Before Ray is imported."""
+    has_token = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if has_token or Path(_TOKEN_FILE).expanduser().exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _is_local(url: str) -> bool:

@@ -28,10 +28,10 @@ class _Handler(SimpleHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def slow_server(folder: Path, *, bytes_per_second: float) -> Iterator[str]:
+def slow_server(folder: Path, *, bytes_per_second: float, port: int = 0) -> Iterator[str]:
     """Serve `folder` at so many bytes per second for each connection; yield its URL."""
     handler = type("Handler", (_Handler,), {"bytes_per_second": bytes_per_second})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
+    server = ThreadingHTTPServer(("127.0.0.1", port), partial(handler, directory=str(folder)))
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
