@@ -80,6 +80,7 @@ def run_demo(out: Path, *, runner: Literal["ray", "local"] = "ray") -> int:
         f"  {bsq} status {where}\n"
         f"  {bsq} inspect {where}\n"
         f"  {bsq} verify {where}\n"
+        f"  {bsq} report {where}\n"
         f"  {bsq} reconstruct {where} --key {pictured[0]}\n"
         f"\nDone in {describe_seconds(time.monotonic() - begun)}."
     )
