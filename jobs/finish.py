@@ -100,7 +100,7 @@ def find_failed_shards(storage: Storage, generation: int, table: pa.Table) -> li
 def sweep(storage: Storage, generation: int) -> int:
     """Remove token files and failure tables that no record names; return how many.  For the holder of the lease, when
     the generation is the newest one and finished."""
-    manifest = read_manifest(storage, generation)
+    manifest = read_manifest(storage, generation, ["file", "failures_file"])
     assert manifest is not None
     named = {name for column in ("file", "failures_file") for name in manifest.table[column].to_pylist()}
     num_swept = 0

@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.begin import created_by
-from pipeline.dataset_files import plan_name, read_manifest, serialise_plan
+from pipeline.dataset_files import plan_name, read_manifest, read_required, serialise_plan
 from pipeline.generations import Plan, command_of, generation_name, read_generation, read_plans
 from pipeline.messages import Assignment, EarlierParts
 from pipeline.steps import reached
 from pipeline.storage import HIDDEN, Storage, printable_url
-from schemas.errors import LeaseLost, Refused
+from schemas.errors import BsqError, LeaseLost, Refused
 from schemas.job import GenerationKind, GenerationRecord, Job
 from schemas.jobspec import JobSpec, selection_differences
 
@@ -82,6 +82,11 @@ def open_generation(storage: Storage, job: Job, number: int, *, given: Iterable[
 
     Raises Refused when the URL of a shard had credentials and is not given."""
     record = read_generation(storage, job, number)
+    if hashlib.sha256(read_required(storage, plan_name(number))).hexdigest() != record.plan_sha256:
+        raise BsqError(
+            f"{storage.printable(plan_name(number))}: not the plan that the generation was begun with (its SHA-256 "
+            f"differs). Restore it from a copy."
+        )
     plan = read_plans(storage, [number])
     return Generation(
         record,
@@ -160,10 +165,10 @@ class _CommittedShards:
     """What the manifest of a generation says of some shards."""
 
     def __init__(self, storage: Storage, generation: int, plan: Plan) -> None:
-        manifest = read_manifest(storage, generation)
+        manifest = read_manifest(storage, generation, ["shard", "part", "file", "failures_file", "samples"])
         assert manifest is not None
-        columns = manifest.table.select(["shard", "part", "file", "failures_file", "samples"])
-        self._table = columns.filter(pa.array(np.isin(columns["shard"].to_numpy(), plan.shards)))
+        is_wanted = np.isin(manifest.table["shard"].to_numpy(), plan.shards)
+        self._table = manifest.table.filter(pa.array(is_wanted))
         self._shards = self._table["shard"].to_numpy()
 
     def parts_of(self, shard: int, *, with_rest: bool) -> EarlierParts:

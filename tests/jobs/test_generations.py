@@ -330,6 +330,47 @@ def test_a_shard_that_was_whole_is_not_committed_damaged_by_a_retry(tmp_path: Pa
     assert counts(out)["partial_shards"] == 0 and counts(out)["samples"] == 7
 
 
+# ---- all of it together
+
+
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.permutations(["retry", "retry-samples", "retry-damaged", "append"]))
+def test_in_whatever_order_a_dataset_is_completed_it_becomes_the_same(
+    tmp_path_factory: pytest.TempPathFactory, order: list[str]
+) -> None:
+    folder = tmp_path_factory.mktemp("order")
+    mixed = [member for i, kind in enumerate(sorted(KINDS)) for member in KINDS[kind](i)]
+    shards = [write_tar(folder / f"{number}.tar", [*mixed, *photo_members(50 * number, 3)]) for number in range(4)]
+    whole = {shard: shard.read_bytes() for shard in shards}
+    shards[1].write_bytes(whole[shards[1]][:30_000])
+    shards[2].unlink()
+    out = folder / "out"
+    tokenize(shards[:3], out, limits={"max_pixels": 48 * 40})
+    for shard, data in whole.items():
+        shard.write_bytes(data)
+    for step in order:
+        if step == "append":
+            append(shards[3:], out, limits={"max_pixels": WIDE})
+        else:
+            retry(out, step, limits={"max_pixels": WIDE})  # type: ignore[arg-type]
+    tokenize(shards, folder / "all", limits={"max_pixels": WIDE})
+    assert_same_dataset(out, folder / "all")
+    assert list_generations(Storage(str(out))) == [0, 1, 2, 3, 4]
+
+
+def test_generations_on_an_object_store(object_store: Any, tmp_path: Path, small_shards: list[Path]) -> None:
+    out, options = f"{object_store.url}/tokens", object_store.storage_options
+    narrow = job_spec([small_shards[0], small_shards[1]], Path("out"), limits={"max_pixels": 64})
+    start_job(narrow.model_copy(update={"out": out}), runner="in-process", storage_options=options)
+    wide = parse_spec({"limits": {"max_pixels": WIDE}}, source="test")
+    retry_job(out, "retry-samples", asked=wide, runner="in-process", storage_options=options)
+    added = parse_spec({"shards": [str(small_shards[2])], "out": out}, source="test")
+    assert append_job(added, runner="in-process", storage_options=options).exit_code == 0
+    result = verify_dataset(out, options)
+    assert (result.problems, result.finished, result.rows, result.failed) == ([], True, 29, 0)
+    assert read_status(out, options).generation == 2
+
+
 # ---- a corpus that grows
 
 
