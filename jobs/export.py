@@ -200,7 +200,7 @@ class _Npy(_Writer):
         lines = [json.dumps(columns, ensure_ascii=False) + "\n" for columns, _ in rows]
         self.storage.publish(f"{name}.jsonl", "".join(lines).encode())
         self.storage.publish(f"{name}.first.npy", npy_bytes(rows.first_frame))
-        self.storage.publish(f"{name}.npy", npy_bytes(rows.frames.astype(self.dtype)))
+        self.storage.publish(f"{name}.npy", npy_bytes(rows.frames.astype(self.dtype, copy=False)))
 
 
 class _WebDataset(_Writer):

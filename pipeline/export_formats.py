@@ -11,7 +11,7 @@ import struct
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -37,8 +37,8 @@ class ExportRows:
 
     columns: dict[str, list[Any]]
     """`key`, `clip`, `view`, `frames` and the carried columns."""
-    frames: npt.NDArray[np.int64]
-    """Indices of all frames, one row after the other: int64 [frames, h, w]."""
+    frames: npt.NDArray[Any]
+    """Indices of all frames, one row after the other: int32, or int64 from 32 bits on, [frames, h, w]."""
 
     @property
     def first_frame(self) -> npt.NDArray[np.int64]:
@@ -48,8 +48,8 @@ class ExportRows:
     def __len__(self) -> int:
         return len(self.columns["key"])
 
-    def __iter__(self) -> Iterator[tuple[dict[str, Any], npt.NDArray[np.int64]]]:
-        """Each row's columns, and its indices int64 [T, h, w]."""
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], npt.NDArray[Any]]]:
+        """Each row's columns, and its indices [T, h, w]."""
         first = self.first_frame
         for row in range(len(self)):
             yield {name: column[row] for name, column in self.columns.items()}, self.frames[first[row] : first[row + 1]]
@@ -70,16 +70,18 @@ def read_export_rows(storage: Storage, name: str) -> ExportRows:
     return ExportRows(columns, _unpack(table["tokens"], np.array(columns["frames"], np.int64), footer))
 
 
-def _unpack(tokens: pa.ChunkedArray, frames: npt.NDArray[np.int64], footer: TokenFooter) -> npt.NDArray[np.int64]:
+def _unpack(tokens: pa.ChunkedArray, frames: npt.NDArray[np.int64], footer: TokenFooter) -> npt.NDArray[Any]:
     height, width = footer.grid
-    indices = np.empty((int(frames.sum()), height, width), np.int64)
+    dtype: Literal["int32", "int64"] = "int32" if footer.bits < 32 else "int64"
+    indices = np.empty((int(frames.sum()), height, width), dtype)
     last_frame = np.cumsum(frames)
     packed = tokens.to_pylist()
     for count in np.unique(frames):
         rows = np.flatnonzero(frames == count)
         octets = np.frombuffer(b"".join(packed[row] for row in rows), np.uint8).reshape(len(rows), -1)
         places = (last_frame[rows, np.newaxis] - count + np.arange(count)).ravel()
-        indices[places] = unpack_indices(octets, int(count) * height * width, footer.bits).reshape(-1, height, width)
+        values = unpack_indices(octets, int(count) * height * width, footer.bits, dtype)
+        indices[places] = values.reshape(-1, height, width)
     return indices
 
 
@@ -114,7 +116,7 @@ def webdataset_bytes(rows: ExportRows, dtype: np.dtype[Any]) -> bytes:
                 name += f"@{columns['clip']}v{columns['view']}"
             carried = {each: columns[each] for each in columns if each in CARRIED_COLUMNS and columns[each] is not None}
             named = {each: columns[each] for each in NAMED}
-            _add_member(tar, f"{name}.npy", npy_bytes(indices.astype(dtype)))
+            _add_member(tar, f"{name}.npy", npy_bytes(indices.astype(dtype, copy=False)))
             _add_member(tar, f"{name}.json", json.dumps(named | carried, ensure_ascii=False).encode())
             if "caption" in carried:
                 _add_member(tar, f"{name}.txt", carried["caption"].encode())
@@ -181,11 +183,13 @@ def _mds_config(columns: dict[str, str]) -> dict[str, Any]:
 
 
 def _mds_value(
-    encoding: str, values: dict[str, Any], name: str, indices: npt.NDArray[np.int64], dtype: np.dtype[Any]
+    encoding: str, values: dict[str, Any], name: str, indices: npt.NDArray[Any], dtype: np.dtype[Any]
 ) -> bytes:
     if name == "tokens":
         # A byte with the number of axes and the width of the sizes (1: 16 bits), the sizes, the values.
-        return bytes([3 << 2 | 1]) + np.array(indices.shape, "<u2").tobytes() + indices.astype(dtype).tobytes()
+        return (
+            bytes([3 << 2 | 1]) + np.array(indices.shape, "<u2").tobytes() + indices.astype(dtype, copy=False).tobytes()
+        )
     if encoding == "int":
         return struct.pack("<q", -1 if values[name] is None else values[name])
     return (values[name] or "").encode()

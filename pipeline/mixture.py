@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Generic, Literal, Protocol, TypeVar, get_args
+from typing import Generic, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -27,14 +27,12 @@ MAX_SAMPLES = 1 << 42
 
 
 class SourceInfo(Protocol):
-    """What must agree between the datasets of a mixture, and what tells them apart."""
+    """What must agree between the datasets of a mixture."""
 
     @property
     def bits(self) -> int: ...
     @property
     def weight_sha256(self) -> str: ...
-    @property
-    def fingerprint(self) -> str: ...
 
 
 class Source(Protocol):
@@ -122,18 +120,6 @@ class Mixture(Generic[SourceType]):
             else:
                 count = ((count - 1) * whole + half) // fork.right_weight + 1
         return count
-
-    def to_json_dict(self) -> dict[str, Any]:
-        """What decides the schedule: two mixtures that agree in it give the same samples in the same order."""
-        return {
-            "stop": self.stop,
-            "sources": [
-                {"name": name, "weight": weight, "samples": length, "fingerprint": dataset.info.fingerprint}
-                for name, weight, length, dataset in zip(
-                    self.names, self.weights, self.lengths, self.datasets, strict=True
-                )
-            ],
-        }
 
     def _require_one_tokenizer(self) -> None:
         first = self.datasets[0].info

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -157,25 +157,17 @@ class SequenceFormat:
         if self.id_map and len(self.id_map) != 1 << bits:
             raise SpecError(f"id_map has {len(self.id_map):,} ids; tokens of {bits} bits have {1 << bits:,} codes.")
         codes = set(self.id_map)
-        for name in ("bos", "eos", "boi", "eoi", "eol", "eof", "null_label"):
-            number = getattr(self, name)
-            if number is None:
-                continue
+        for name, number in self._special_ids():
             if number in codes or any(number in span for span in self._code_spans(bits)):
-                raise SpecError(f"{name}={number} is also the id of a code; move the codes with id_offset.")
+                raise SpecError(f"{name}: {number} is also the id of a code; move the codes with id_offset.")
 
     def num_ids(self, bits: int, *, num_labels: int = 0) -> int:
         """The size of a vocabulary that holds codes, special ids and labels; text may need more."""
-        highest = [span.stop for span in self._code_spans(bits)] + [self.pad + 1]
-        highest += [each + 1 for each in self.id_map + self.null_text]
-        highest += [each + 1 for each in self.size_header if isinstance(each, int)]
-        named = (self.bos, self.eos, self.boi, self.eoi, self.eol, self.eof, self.null_label)
-        highest += [each + 1 for each in named if each is not None]
-        if isinstance(self.numbers, Mapping):
-            highest += [each + 1 for ids in self.numbers.values() for each in ids]
+        ends = [span.stop for span in self._code_spans(bits)] + [number + 1 for _, number in self._special_ids()]
+        ends += [number + 1 for number in (*self.id_map, *self.null_text, self.pad)]
         if self.label_offset is not None:
-            highest.append(self.label_offset + num_labels)
-        return max(highest)
+            ends.append(self.label_offset + num_labels)
+        return max(ends)
 
     def to_json_dict(self) -> dict[str, Any]:
         """The settings that are not at their default; of `id_map` the SHA-256."""
@@ -204,6 +196,16 @@ class SequenceFormat:
     def _num_labels(self) -> int:
         return int(self.label_offset is not None and "label" in self.order)
 
+    def _special_ids(self) -> Iterator[tuple[str, int]]:
+        """Ids that stand for one thing, with the names of their settings."""
+        for name in ("bos", "eos", "boi", "eoi", "eol", "eof", "null_label"):
+            number = getattr(self, name)
+            if number is not None:
+                yield name, number
+        yield from (("size_header", part) for part in self.size_header if isinstance(part, int))
+        if isinstance(self.numbers, Mapping):
+            yield from (("numbers", number) for ids in self.numbers.values() for number in ids)
+
     def _code_spans(self, bits: int) -> list[range]:
         if self.id_map:
             return []
@@ -226,7 +228,7 @@ class SequenceFormat:
         if self.id_map:
             out_BTHWG[..., 0] = self._id_table[indices_BTHW]
         elif not self.group_bits:
-            np.add(indices_BTHW, offsets[0], out=out_BTHWG[..., 0])
+            np.add(indices_BTHW, offsets[0], out=out_BTHWG[..., 0], dtype=np.int64)
         # A group at a time, for loops over a last axis of two or three are slow.
         low = sum(self.group_bits)
         for group, width in enumerate(self.group_bits):

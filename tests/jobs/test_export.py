@@ -235,7 +235,7 @@ def test_what_cannot_be_exported_is_refused_in_a_line(dataset, write_dataset, tm
         export_dataset(str(tmp_path / "nothing"), out, "npy")
     settings = tmp_path / "sequence.yaml"
     settings.write_text("eoi: 5\n", encoding="utf-8")
-    with pytest.raises(SpecError, match="eoi=5 is also the id of a code"):
+    with pytest.raises(SpecError, match="eoi: 5 is also the id of a code"):
         export_dataset(dataset.url, out, "megatron", sequence=settings)
     with pytest.raises(SpecError, match="--sequence goes with --to megatron"):
         settings.write_text("eoi: 300000\n", encoding="utf-8")

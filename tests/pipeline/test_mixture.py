@@ -17,7 +17,6 @@ from schemas.errors import SpecError
 class Info:
     bits: int = 18
     weight_sha256: str = "a" * 64
-    fingerprint: str = "f" * 64
 
 
 @dataclass
@@ -140,10 +139,3 @@ def test_what_cannot_be_mixed_is_refused_in_a_line():
         Mixture({"a": (Dataset(3), 1), "b": (Dataset(3, Info(weight_sha256="b" * 64)), 1)})
     with pytest.raises(SpecError, match="they go from 0 to 2"):
         mixture((3, 1)).schedule(MAX_SAMPLES, 1)
-
-
-def test_what_decides_the_schedule_is_told():
-    told = mixture((5, 0.5), (7, 1)).to_json_dict()
-    assert told["stop"] == "first"
-    assert [source["weight"] for source in told["sources"]] == [1, 2]
-    assert told != mixture((5, 0.5), (8, 1)).to_json_dict()

@@ -157,6 +157,11 @@ def test_the_quick_way_equals_a_plain_loop(form, size, text_lengths, random):
         assert form.length(size[0], size[1:], len(text)) == len(ids)
 
 
+def test_narrow_indices_make_wide_ids():
+    form = SequenceFormat(id_offset=(1 << 31) - 1)
+    assert form.sequence(np.array([[[(1 << 31) - 1]]], np.int32)).ids.tolist() == [(1 << 32) - 2]
+
+
 def test_a_dropped_row_loses_text_and_label():
     form = SequenceFormat(label_offset=10, null_label=9, null_text=(8, 7), id_offset=100, drop=0.5)
     dropped = np.array([True, False])
@@ -202,10 +207,12 @@ def test_rows_that_do_not_fit_the_format_are_refused():
 
 def test_ids_that_mean_two_things_are_refused():
     SequenceFormat(boi=8, id_offset=0).check(3)
-    with pytest.raises(SpecError, match="boi=7 is also the id of a code"):
+    with pytest.raises(SpecError, match="boi: 7 is also the id of a code"):
         SequenceFormat(boi=7).check(3)
-    with pytest.raises(SpecError, match="eol=5 is also"):
+    with pytest.raises(SpecError, match="eol: 5 is also"):
         SequenceFormat(eol=5, id_map=(1, 5)).check(1)
+    with pytest.raises(SpecError, match="numbers: 3 is also"):
+        SequenceFormat(size_header=("height",), numbers={2: (9, 3)}).check(3)
     with pytest.raises(SpecError, match="make 18 bits; the tokens have 20"):
         SequenceFormat(group_bits=(9, 9)).check(20)
     with pytest.raises(SpecError, match="tokens of 2 bits have 4 codes"):
