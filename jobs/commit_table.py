@@ -94,14 +94,6 @@ def read_commit_table(storage: Storage) -> CommitTable:
     return found
 
 
-def newest_parts(table: pa.Table) -> npt.NDArray[np.bool_]:
-    """Of each shard the row that was committed last: its failures and warnings are those that still count."""
-    shards = np.asarray(table["shard"].to_numpy())
-    is_last = np.ones(len(shards), np.bool_)
-    is_last[:-1] = shards[1:] != shards[:-1]
-    return is_last
-
-
 def column_sum(table: pa.Table, name: str) -> int:
     """Sum of a column of integers; 0 for none."""
     return int(pc.sum(table[name]).as_py() or 0)

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
+from jobs.display import describe_bytes, describe_seconds, plain_text
 from jobs.existing_job import existing_job
 from jobs.lease import is_dead, read_lease
 from pipeline.dataset_files import (
@@ -185,10 +186,10 @@ class Status(BaseModel):
             f"  samples   {p.samples:,}, {p.failed_samples:,} of them failed"
             + (f" ({p.poison_samples:,} ended or hung their decoder)" if p.poison_samples else "")
             + f", {p.warnings:,} warnings",
-            f"  tokens    {p.tokens:,} in {p.rows:,} rows, {p.bytes / 1e6:,.1f} MB",
+            f"  tokens    {p.tokens:,} in {p.rows:,} rows, {describe_bytes(p.bytes)}",
         ]
         if self.state == "running":
-            eta = f", about {_duration(p.eta_seconds)} left" if p.eta_seconds is not None else ""
+            eta = f", about {describe_seconds(p.eta_seconds)} left" if p.eta_seconds is not None else ""
             lines.append(f"  speed     {p.samples_per_second:,.1f} samples/s, {p.tokens_per_second:,.0f} tokens/s{eta}")
             lines.append(
                 f"  waiting   device {p.device_wait:.0%} of its time for batches, "
@@ -316,14 +317,9 @@ def _with_shards(storage: Storage, lease: Lease, generation: int) -> Progress:
 
 
 def _shorten(text: str) -> str:
+    text = plain_text(text)
     return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 1] + "…"
 
 
 def _name_of(lease: Lease) -> str:
     return f"process {lease.pid} on {lease.host}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -11,10 +11,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.commit_table import CommitTable, newest_parts
+from jobs.commit_table import CommitTable
 from pipeline.dataset_files import StoredFile
 from pipeline.parquet import PARQUET_ERRORS, read_parquet
 from pipeline.storage import Storage
+from schemas.manifest import count_samples, latest_parts
 
 MAX_TABLES = 256
 """Failure tables that are read."""
@@ -25,7 +26,7 @@ MAX_SHARDS = 20
 UNUSUAL_SHARE = 0.05
 """A shard that loses less than this is never unusual."""
 UNUSUAL_FACTOR = 5.0
-"""Of the share that all shards together lose."""
+"""Of the share that all others together lose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,26 +120,25 @@ class Failures:
 
 def collect_failures(storage: Storage, commits: CommitTable, seed: int) -> Failures:
     """Read failure tables, at most MAX_TABLES, and the attempts in the ledger."""
-    newest = newest_parts(commits.table)
-    is_first = commits.column("part") == 0
-    failed = commits.column("failed")
+    newest = latest_parts(commits.table)
+    counts = count_samples(commits.table)
     partial = commits.column("shard")[newest & commits.column("partial").astype(bool)]
     classes, num_read, num_tables, unreadable = _classes(storage, commits, newest, seed)
     tried = _tried(commits)
     committed = set(np.intersect1d(commits.column("shard"), np.asarray(list(commits.attempts), np.int64)).tolist())
-    num_attempts = Counter({1: int(is_first.sum()) - len(committed)})
+    num_attempts = Counter({1: int(newest.sum()) - len(committed)})
     num_attempts.update(1 + len(commits.attempts[shard]) for shard in committed)
     return Failures(
-        samples=int(commits.column("samples")[is_first].sum()),
-        failed=int(failed[newest].sum()),
-        warnings=int(commits.column("warnings")[newest].sum()),
+        samples=counts.samples,
+        failed=counts.failed,
+        warnings=counts.warnings,
         partial=partial[:MAX_SHARDS].tolist(),
-        num_partial=len(partial),
+        num_partial=counts.partial_shards,
         classes=classes,
         tables_read=num_read,
         tables=num_tables,
         unreadable=unreadable,
-        lossy=_lossy(commits, newest, is_first),
+        lossy=_lossy(commits, newest),
         attempts=+num_attempts,
         attempt_errors=Counter(attempt.error for attempts in commits.attempts.values() for attempt in attempts),
         tried=tried[:MAX_SHARDS],
@@ -147,18 +147,12 @@ def collect_failures(storage: Storage, commits: CommitTable, seed: int) -> Failu
     )
 
 
-def _lossy(commits: CommitTable, newest: npt.NDArray[np.bool_], is_first: npt.NDArray[np.bool_]) -> list[LossyShard]:
-    shards = commits.column("shard")[is_first]
-    samples = commits.column("samples")[is_first].astype(np.float64)
-    last_shards, last_failed = commits.column("shard")[newest], commits.column("failed")[newest]
-    if not len(shards) or not samples.sum():
-        return []
-    # Parts of a shard that is itself not committed do not occur, so every first part has a newest one.
-    failed = last_failed[np.searchsorted(last_shards, shards)]
+def _lossy(commits: CommitTable, newest: npt.NDArray[np.bool_]) -> list[LossyShard]:
+    shards = commits.column("shard")[newest]
+    samples, failed = commits.column("samples")[newest].astype(np.float64), commits.column("failed")[newest]
     share = failed / np.maximum(samples, 1)
-    usual = failed.sum() / samples.sum()
     others = (failed.sum() - failed) / np.maximum(samples.sum() - samples, 1)
-    unusual = (share >= UNUSUAL_SHARE) & (share > UNUSUAL_FACTOR * others) & (share > usual) & (failed > 1)
+    unusual = (share >= UNUSUAL_SHARE) & (share > UNUSUAL_FACTOR * others) & (failed > 1)
     places = np.flatnonzero(unusual)[np.argsort(-share[unusual], kind="stable")][:MAX_SHARDS]
     return [
         LossyShard(int(shards[place]), commits.plan.url(int(shards[place])), int(samples[place]), int(failed[place]))

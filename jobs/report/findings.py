@@ -11,6 +11,7 @@ from jobs.report.drift import Usage
 from jobs.report.failures import Failures
 from jobs.report.speed import Speed
 from jobs.report.words import count, percent, seconds, text, times
+from schemas.failures import POISON
 from schemas.job import Job
 
 Level = Literal["bad", "warn", "note"]
@@ -84,7 +85,7 @@ def _failure_findings(job: Job, failures: Failures) -> list[Finding]:
         if each.severity != "failed" or not failures.samples or named == MAX_CLASSES_NAMED:
             continue
         share = min(1.0, each.samples / failures.samples)
-        if share <= limit:
+        if share <= limit and each.error not in POISON:
             continue
         named += 1
         about = "" if failures.exact else "about "

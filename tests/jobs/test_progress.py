@@ -57,7 +57,7 @@ def test_a_running_job_is_described_from_the_lease_alone(write_dataset: Write) -
     assert (status.state, status.progress.committed, status.progress.rows) == ("running", 2, 8)
     assert str(os.getpid()) in (status.driver or "")
     text = status.describe()
-    assert "2 of 3 committed" in text and "7.5 samples/s" in text and "1 h 06 min left" in text
+    assert "2 of 3 committed" in text and "7.5 samples/s" in text and "1 h 6 min left" in text
 
 
 def test_a_job_that_has_just_begun_knows_how_many_shards_it_has(write_dataset: Write) -> None:

@@ -7,13 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.commit_table import read_commit_table
+from jobs.commit_table import column_sum, read_commit_table
 from jobs.report import failures as failures_module
 from jobs.report import words
 from jobs.report.drift import binary_entropy, code_pieces, compare_shards
 from jobs.report.failures import collect_failures
 from jobs.report.speed import measure_rate, storage_of
+from jobs.retry import retry_job
+from jobs.start import start_job
+from pipeline.dataset_files import read_manifest
+from pipeline.storage import Storage
 from schemas.failures import Failure
+from schemas.jobspec import parse_spec
+from tests.tiny_corpus import jpeg, write_tar
 from tokenizer.codes import bits_to_indices
 
 # --- rate over time
@@ -218,3 +224,38 @@ def test_texts_are_printable_short_and_without_credentials():
     assert "s3cr3t" not in shown and "abc" not in shown
     assert "\x1b" not in shown and "\u202e" not in shown
     assert len(shown) <= words.MAX_TEXT_CHARS + 3
+
+
+# --- generations
+
+
+def test_totals_are_those_of_the_manifest_whatever_was_won_back_later(tmp_path, small_shards):
+    damaged = tmp_path / "damaged.tar"
+    damaged.write_bytes(small_shards[1].read_bytes()[:-9000])
+    big = write_tar(tmp_path / "big.tar", [("a.jpg", jpeg(1)), ("b.jpg", jpeg(2, 400, 300)), ("c.jpg", b"nothing")])
+    late = tmp_path / "late.tar"
+    values = {"tokenizer": "stub", "preprocess": {"size": 64}, "limits": {"max_pixels": 20_000}}
+    spec = {"shards": [str(path) for path in (damaged, big, late)], "out": str(tmp_path / "out")} | values
+    start_job(parse_spec(spec, source="test"), runner="in-process")
+    late.write_bytes(small_shards[0].read_bytes())
+    damaged.write_bytes(small_shards[1].read_bytes())
+    storage = Storage(str(tmp_path / "out"))
+    seen = []
+    for kind in ("retry", "retry-samples", "retry-damaged"):
+        asked = parse_spec({"limits": {"max_pixels": 1 << 20}} if kind == "retry-samples" else {}, source="test")
+        retry_job(str(tmp_path / "out"), kind, asked=asked, runner="in-process")
+        manifest = read_manifest(storage)
+        assert manifest is not None
+        commits = read_commit_table(storage)
+        failures = collect_failures(storage, commits, seed=0)
+        summary = manifest.summary
+        assert (failures.samples, failures.failed, failures.warnings) == (
+            summary.samples,
+            summary.failed,
+            summary.warnings,
+        )
+        assert (failures.num_partial, failures.num_given_up) == (summary.partial_shards, summary.failed_shards)
+        assert column_sum(commits.table, "rows") == summary.rows
+        assert sum(each.samples for each in failures.classes if each.severity == "failed") >= summary.failed
+        seen.append((summary.generation, failures.failed, failures.num_partial))
+    assert seen == [(1, 3, 1), (2, 1, 1), (3, 1, 0)]
