@@ -126,7 +126,8 @@ def latest_parts(table: pa.Table) -> npt.NDArray[np.bool_]:
 
 def count_samples(table: pa.Table) -> SampleCounts:
     """Add up what the last part of each shard says of it."""
-    latest = table.filter(pa.array(latest_parts(table)))
+    columns = table.select(["samples", "failed", "warnings", "partial"])
+    latest = columns.filter(pa.array(latest_parts(table)))
     return SampleCounts(
         parts=len(table) - len(latest),
         samples=pc.sum(latest["samples"]).as_py() or 0,
