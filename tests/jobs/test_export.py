@@ -215,6 +215,21 @@ def test_an_export_that_was_stopped_goes_on_to_the_same_bytes(dataset, tmp_path,
     assert files_of(stopped) == files_of(unbroken)
 
 
+def test_a_stop_between_the_two_files_of_megatron_is_mended(dataset, tmp_path, monkeypatch):
+    unbroken, stopped = tmp_path / "unbroken", tmp_path / "stopped"
+    export_dataset(dataset.url, str(unbroken), "megatron")
+
+    def killed(path: Path, target: Path) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(Path, "rename", killed)
+        export_dataset(dataset.url, str(stopped), "megatron")
+    assert {path.name for path in stopped.iterdir()} == {"tokens.idx", "unfinished", RECORD_NAME}
+    assert export_dataset(dataset.url, str(stopped), "megatron").written == 0
+    assert files_of(stopped) == files_of(unbroken)
+
+
 def test_what_is_not_this_export_is_left_alone(dataset, tmp_path):
     somebody = tmp_path / "somebody"
     somebody.mkdir()
