@@ -23,7 +23,7 @@ import torch
 
 from pipeline.file_cache import FileCache
 from pipeline.order import WindowPlan, latin_views, plan_windows, row_order, unit_order
-from pipeline.row_blocks import Buffers, FixedRows, RaggedRows, RowBlock, Window, column_values
+from pipeline.row_blocks import Buffers, FixedRows, Outputs, RaggedRows, RowBlock, Window, column_values
 from pipeline.row_filters import RowFilter, parse_filters, select_rows
 from pipeline.storage import Storage
 from pipeline.token_files import Check, TokenFile, TokenFiles
@@ -119,9 +119,14 @@ class TokenDataset:
         self._units: OrderedDict[int, FixedRows | RaggedRows] = OrderedDict()
         self._tables: OrderedDict[int, dict[str, pa.Array]] = OrderedDict()
         self._lock = threading.Lock()
+        self._outputs = Outputs(4)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_units", "_tables", "_lock")}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("_units", "_tables", "_lock", "_outputs")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -157,6 +162,8 @@ class TokenDataset:
     def __getitems__(self, samples: Sequence[int]) -> list[dict[str, Any]]:
         """Several samples, which is far quicker than one at a time."""
         block = self.read_block(samples, self._epoch)
+        if not block.columns:
+            return [{self.view.name: row} for row in self._tokens_by_frames(block)]
         columns = {name: column_values(values) for name, values in block.columns.items()}
         columns = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in columns.items()}
         tokens = self._tokens_by_frames(block)
@@ -312,22 +319,27 @@ class TokenDataset:
         """Rows of any units: read one by one where that is possible, else out of units that are kept for a while."""
         max_frames = self.info.max_frames
         row_bytes = self.view.row_bytes(max_frames)
-        order = np.argsort(units_B, kind="stable")
-        starts = np.flatnonzero(np.diff(units_B[order], prepend=-1)).tolist()
-        frames_B = np.full(len(units_B), max_frames, np.int64)
         stride = row_bytes + PREFIX_BYTES
+        frames_B = np.full(len(units_B), max_frames, np.int64)
         packed_BS = np.zeros((len(units_B), stride), np.uint8)
+        order = np.argsort(units_B, kind="stable")
+        rows = rows_B[order]
         flat = packed_BS.reshape(-1).data
-        for start, stop in itertools.pairwise([*starts, len(order)]):
-            places = order[start:stop]
-            unit = int(units_B[places[0]])
-            rows = rows_B[places]
+        buffers = [flat[place * stride : (place + 1) * stride] for place in order.tolist()]
+        starts = np.flatnonzero(np.diff(units_B[order], prepend=-1))
+        groups = zip(units_B[order[starts]].tolist(), itertools.pairwise([*starts.tolist(), len(order)]), strict=True)
+        for unit, (start, stop) in groups:
             if self.has_one_size:
                 file, local = self._locate(unit)
-                buffers = [flat[place * stride : (place + 1) * stride] for place in places.tolist()]
-                if file.read_rows(local, rows.tolist(), buffers):
+                if file.read_rows(local, rows[start:stop], buffers[start:stop]):
                     continue
-            packed_BS[places, PREFIX_BYTES:], frames_B[places] = self._unit(unit).pick(rows)
+            places = order[start:stop]
+            packed_BS[places, PREFIX_BYTES:], frames_B[places] = self._unit(unit).pick(rows[start:stop])
+            packed_BS[places, :PREFIX_BYTES] = np.frombuffer(row_bytes.to_bytes(PREFIX_BYTES, "little"), np.uint8)
+        wrong = np.flatnonzero(packed_BS[:, :PREFIX_BYTES].copy().view("<u4")[:, 0] != row_bytes)
+        for place in wrong.tolist():
+            # A row that does not begin as recorded: reading its unit tells what is wrong.
+            packed_BS[place, PREFIX_BYTES:] = self._unit(int(units_B[place])).pick(rows_B[place : place + 1])[0][0]
         return np.ascontiguousarray(packed_BS[:, PREFIX_BYTES:]), frames_B
 
     def _pick_columns(self, units_B: Numbers, rows_B: Numbers, columns: Sequence[str]) -> dict[str, pa.Array]:
@@ -377,13 +389,15 @@ class TokenDataset:
 
     def _tokens_by_frames(self, block: RowBlock) -> list[torch.Tensor]:
         """The tokens of each row without padding."""
+        if self.has_one_size:
+            shown = self.view.decode(block.packed_BO, self.info.max_frames, self._outputs)
+            return list(torch.from_numpy(shown).unbind())
         tokens: list[torch.Tensor] = [torch.empty(0)] * len(block.frames_B)
         for frames in np.unique(block.frames_B).tolist():
             rows = np.flatnonzero(block.frames_B == frames)
-            packed = block.packed_BO if len(rows) == len(tokens) else block.packed_BO[rows]
-            packed = np.ascontiguousarray(packed[:, : self.view.row_bytes(frames)])
-            for row, shown in zip(rows.tolist(), torch.from_numpy(self.view.decode(packed, frames)), strict=True):
-                tokens[row] = shown
+            packed = np.ascontiguousarray(block.packed_BO[rows, : self.view.row_bytes(frames)])
+            for row, each in zip(rows.tolist(), torch.from_numpy(self.view.decode(packed, frames)), strict=True):
+                tokens[row] = each
         return tokens
 
     def _key_ranges(self) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:

@@ -23,7 +23,7 @@ from pipeline.loader_state import STATE_VERSION, Position, check_size, read_posi
 from pipeline.mixture import Mixture
 from pipeline.order import ORDER_VERSION, drop_hashes
 from pipeline.packing import Pack, read_cursors
-from pipeline.row_blocks import Buffers, RowBlock, column_values
+from pipeline.row_blocks import Buffers, Outputs, RowBlock, column_values
 from pipeline.sample_stream import DatasetStream, MixtureStream, SampleStream, StreamOptions
 from pipeline.sequence import SequenceFormat
 from pipeline.sequence_batches import PackedStream, Tokenize, first_state, sequence_batch, sequence_columns
@@ -143,6 +143,8 @@ class TokenLoader(IterableDataset[Batch]):
         self._skip: int | None = None
         self._iteration = 0
         self._buffers = Buffers()
+        # Those that wait, the one that is made, the one that is used, and the one before it.
+        self._outputs = Outputs(prefetch + 3)
 
     # State
 
@@ -297,7 +299,7 @@ class TokenLoader(IterableDataset[Batch]):
             dropped = self._format.dropped(drop_hashes(self.seed, positions)) if self._format.drop else None
             batch = sequence_batch(block, self._format, self._tokenize, self.datasets[0].view, dropped)
         else:
-            batch[self._view.name] = self._view.decode(self._widened(block), self._max_frames)
+            batch[self._view.name] = self._view.decode(self._widened(block), self._max_frames, self._outputs)
             if self._label_drop:
                 shares = (drop_hashes(self.seed, positions) >> np.uint64(11)).astype(np.float64) * 2.0**-53
                 dropped = shares < self._label_drop

@@ -4,6 +4,8 @@ Shape letters: R rows of a window, B rows picked, S bytes of a stored row with i
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,6 +100,39 @@ class Buffers:
     def give(self, buffer: Octets) -> None:
         """Take back what `take` gave; nobody may hold a view of it."""
         self._free.append(buffer if buffer.base is None else buffer.base)
+
+
+class Outputs:
+    """Memory for batches, used again once nobody holds the batch: a fresh page costs more than filling it."""
+
+    def __init__(self, most: int) -> None:
+        """At most `most` arrays are kept."""
+        self._arrays: list[Octets] = []
+        self._most = most
+
+    def __reduce__(self) -> tuple[type[Outputs], tuple[int]]:
+        return Outputs, (self._most,)
+
+    def take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> npt.NDArray[Any]:
+        """An uninitialised array that nobody else uses."""
+        num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        for number in range(len(self._arrays)):
+            # Tensors and views of an array hold it, so its references tell whether any is left.
+            if len(self._arrays[number]) == num_bytes and _references(self._arrays, number) == _UNUSED:
+                return self._arrays[number].view(dtype).reshape(shape)
+        array = np.empty(num_bytes, np.uint8)
+        if _MAY_COUNT:
+            self._arrays = [array, *self._arrays[: self._most - 1]]
+        return array.view(dtype).reshape(shape)
+
+
+def _references(arrays: list[Octets], number: int) -> int:
+    return sys.getrefcount(arrays[number])
+
+
+_UNUSED = _references([np.empty(0, np.uint8)], 0)
+"""References to an array that only a list holds, as this interpreter counts them."""
+_MAY_COUNT = getattr(sys, "_is_gil_enabled", lambda: True)() and sys.implementation.name == "cpython"
 
 
 @dataclass(slots=True)

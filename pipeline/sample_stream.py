@@ -81,6 +81,8 @@ class DatasetStream:
     def forget_before(self, position: int) -> None:
         epoch, place = divmod(position, len(self._dataset))
         number = self._plan(epoch).window_at(place)
+        if len(self._windows) <= 1 or min(self._windows) >= (epoch, number):
+            return
         for key in [key for key in self._windows if key < (epoch, number)]:
             self._release(self._windows.pop(key))
         for old in [old for old in self._plans if old < epoch]:

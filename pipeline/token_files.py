@@ -56,6 +56,9 @@ class _Source(Protocol):
     def read(self, offset: int, num_bytes: int) -> bytes:
         """Up to `num_bytes` from `offset`."""
 
+    def read_each(self, offsets: Sequence[int], buffers: Sequence[memoryview]) -> bool:
+        """Fill each buffer from an offset of its own; False when the file ends before."""
+
 
 class _LocalSource:
     def __init__(self, file: io.FileIO) -> None:
@@ -77,6 +80,13 @@ class _LocalSource:
     def read(self, offset: int, num_bytes: int) -> bytes:
         return os.pread(self._file.fileno(), num_bytes, offset)
 
+    def read_each(self, offsets: Sequence[int], buffers: Sequence[memoryview]) -> bool:
+        descriptor, preadv = self._file.fileno(), os.preadv
+        for offset, buffer in zip(offsets, buffers, strict=True):
+            if preadv(descriptor, (buffer,), offset) != len(buffer):
+                return False
+        return True
+
 
 class _RemoteSource:
     def __init__(self, storage: Storage, name: str) -> None:
@@ -90,6 +100,9 @@ class _RemoteSource:
 
     def read(self, offset: int, num_bytes: int) -> bytes:
         return self._storage.read_range(self._name, offset, num_bytes) if num_bytes else b""
+
+    def read_each(self, offsets: Sequence[int], buffers: Sequence[memoryview]) -> bool:
+        return all(self.read_into(offset, (buffer,)) for offset, buffer in zip(offsets, buffers, strict=True))
 
 
 def _scatter(data: memoryview, buffers: Sequence[memoryview]) -> None:
@@ -209,25 +222,22 @@ class TokenFile:
             raise self.damaged("its rows have other sizes than recorded")
         return chunk, starts_R
 
-    def read_rows(self, unit: int, rows: Sequence[int], out: Sequence[memoryview]) -> bool:
-        """Read single rows of a unit of rows of one size S - 4 into buffers of S bytes, prefixes included.
+    def read_rows(self, unit: int, rows: Numbers, out: Sequence[memoryview]) -> bool:
+        """Read single rows of a unit of rows of one size S - 4 into buffers of S bytes, with their prefixes.
 
-        Returns False where rows cannot be read one by one; the caller then reads the unit.  Raises BsqError."""
-        if not rows:
+        Returns False where rows cannot be read one by one; the caller then reads the unit, as it does when a prefix is
+        not S - 4.  Raises BsqError."""
+        if not len(rows):
             return True
-        row_bytes = len(out[0]) - PREFIX_BYTES
-        header_bytes = self._header_of(unit, row_bytes)
+        stride = len(out[0])
+        header_bytes = self._header_of(unit, stride - PREFIX_BYTES)
         place = self._places[unit]
         if header_bytes is None or place is None:
             return False
-        first, stride = place.offset + header_bytes, row_bytes + PREFIX_BYTES
-        prefix = row_bytes.to_bytes(PREFIX_BYTES, "little")
-        read_into = self._source.read_into
-        with self._told():
-            return all(
-                read_into(first + row * stride, (buffer,)) and buffer[:PREFIX_BYTES] == prefix
-                for row, buffer in zip(rows, out, strict=True)
-            )
+        try:
+            return self._source.read_each((rows * stride + (place.offset + header_bytes)).tolist(), out)
+        except FileNotFoundError as error:
+            raise self.damaged("it is not there") from error
 
     def read_columns(self, unit: int, columns: Sequence[str]) -> pa.Table:
         """Columns of a unit as a table.  Raises BsqError."""

@@ -80,15 +80,16 @@ def parse_page_header(data: bytes | memoryview) -> PageHeader:
     body = header.get(5 if kind == _DATA_PAGE else 8)
     if kind not in (_DATA_PAGE, _DATA_PAGE_V2) or not isinstance(body, dict):
         raise NotPlain("no data page")
-    uncompressed, compressed, num_values = header.get(2), header.get(3), body.get(1)
     # All that the format requires must be there: a header without it was not written, but damaged.
-    required = (uncompressed, compressed, *(body.get(number) for number in range(1, 5 if kind == _DATA_PAGE else 7)))
-    if not all(isinstance(each, int) for each in required):
+    if {2, 3} - header.keys() or set(range(1, 5 if kind == _DATA_PAGE else 7)) - body.keys():
         raise NotPlain("a field is missing")
+    uncompressed, compressed, num_values = header[2], header[3], body[1]
+    if not all(isinstance(each, int) for each in (uncompressed, compressed, num_values)):
+        raise NotPlain("a field of another type")
     if uncompressed != compressed or compressed < 0 or num_values < 0:
         raise NotPlain("a compressed page")
     if kind == _DATA_PAGE:
-        plain = body[2] == _PLAIN and {body[3], body[4]} <= _LEVELS
+        plain = body[2] == _PLAIN and body[3] in _LEVELS and body[4] in _LEVELS
     else:
         plain = body[4] == _PLAIN and (body[2], body[3], body[5], body[6]) == (0, num_values, 0, 0)
     if not plain:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from pipeline.row_blocks import Outputs
 from schemas.errors import SpecError, nearest_name
 from tokenizer.codes import MAX_INDEX_BITS, bits_to_indices, packed_size, unpack_bits, unpack_indices
 
@@ -32,18 +33,19 @@ class TokenView:
     group_bits: tuple[int, ...] = ()
     """Bits of each group, the highest bits of the index first."""
 
-    def decode(self, packed_BO: Array, frames: int) -> Array:
+    def decode(self, packed_BO: Array, frames: int, outputs: Outputs | None = None) -> Array:
         """Rows of `frames` frames, packed uint8 [B, O], as this view shows them; tensors stay on their device.
 
         index: int64 [B, T, H, W].  bits: bool [B, T, H, W, L], channel 0 first.  groups: int64 [B, T, H, W, G], the
-        highest bits first.  packed: the bytes as they are."""
+        highest bits first.  packed: the bytes as they are.  Indices of NumPy rows are laid into memory of `outputs`."""
         if self.name == "packed":
             return packed_BO
         height, width = self.grid
         shape = (len(packed_BO), frames, height, width)
         num_tokens = frames * height * width
         if self.name == "index":
-            return unpack_indices(packed_BO, num_tokens, self.bits).reshape(shape)
+            out = None if outputs is None else outputs.take((len(packed_BO), num_tokens), np.int64)
+            return unpack_indices(packed_BO, num_tokens, self.bits, out=out).reshape(shape)
         if self.name == "groups":
             return self._groups(packed_BO, num_tokens).reshape(*shape, len(self.group_bits))
         return unpack_bits(packed_BO, num_tokens, self.bits).reshape(*shape, self.bits)

@@ -103,8 +103,17 @@ def pack_indices(indices_BN: Array, bits_per_token: int) -> Array:
     return pack_bits(indices_to_bits(indices_BN, bits_per_token))
 
 
-def unpack_indices(packed_BO: Array, num_tokens: int, bits_per_token: int, dtype: IndexType = "int64") -> Array:
-    """Indices [B, num_tokens] of packed rows, L up to 62; `dtype` int32 serves up to 31 bits in half the memory."""
+def unpack_indices(
+    packed_BO: Array,
+    num_tokens: int,
+    bits_per_token: int,
+    dtype: IndexType = "int64",
+    out: npt.NDArray[Any] | None = None,
+) -> Array:
+    """Indices [B, num_tokens] of packed rows, L up to 62; `dtype` int32 serves up to 31 bits in half the memory.
+
+    `out`, a contiguous array of that shape and type, may be filled and returned for NumPy rows: memory that was in use
+    before takes them quicker than fresh memory."""
     _require_packed(packed_BO, num_tokens, bits_per_token, MAX_INDEX_BITS)
     if dtype == "int32" and bits_per_token > 31:
         raise SpecError(f"{bits_per_token} bits do not fit int32 indices; ask for int64.")
@@ -112,11 +121,15 @@ def unpack_indices(packed_BO: Array, num_tokens: int, bits_per_token: int, dtype
         return _unpack_indices_torch(packed_BO, num_tokens, bits_per_token).to(getattr(torch, dtype))
     if bits_per_token > 57:
         return bits_to_indices(unpack_bits(packed_BO, num_tokens, bits_per_token)).astype(dtype)
-    return _unpack_words(packed_BO, num_tokens, bits_per_token, np.dtype(dtype))
+    return _unpack_words(packed_BO, num_tokens, bits_per_token, np.dtype(dtype), out)
 
 
 def _unpack_words(
-    packed_BO: npt.NDArray[np.uint8], num_tokens: int, bits: int, dtype: np.dtype[Any]
+    packed_BO: npt.NDArray[np.uint8],
+    num_tokens: int,
+    bits: int,
+    dtype: np.dtype[Any],
+    out: npt.NDArray[Any] | None = None,
 ) -> npt.NDArray[Any]:
     # A period is the fewest tokens that end on a byte and span a whole word.  Token j of every period is then one
     # unaligned little-endian word per period: a strided view, one shift and one mask, whatever the width.
@@ -133,9 +146,12 @@ def _unpack_words(
         padded_BO[:, :row_bytes] = packed_BO
         packed_BO, row_bytes = padded_BO, padded_BO.shape[1]
 
-    indices_BPJ = np.empty((num_rows, num_periods, period_tokens), dtype)
+    shape = (num_rows, num_periods, period_tokens)
+    fits = out is not None and out.dtype == dtype and out.shape == (num_rows, num_periods * period_tokens)
+    indices_BPJ = out.reshape(shape) if out is not None and fits else np.empty(shape, dtype)
     word = np.dtype(f"<u{word_bytes}")
     mask = word.type((1 << bits) - 1)
+    values_BP = np.empty((min(num_rows, BLOCK_ROWS), num_periods), word)
     for first in range(0, num_rows, BLOCK_ROWS):
         rows = packed_BO[first : first + BLOCK_ROWS]
         for token in range(period_tokens):
@@ -143,9 +159,9 @@ def _unpack_words(
             offset = min(token * bits >> 3, period_bytes - word_bytes)
             shift = word.type(token * bits - 8 * offset)
             words_BP = np.ndarray((len(rows), num_periods), word, rows, offset, (row_bytes, period_bytes))
-            np.bitwise_and(
-                words_BP >> shift, mask, out=indices_BPJ[first : first + BLOCK_ROWS, :, token], casting="unsafe"
-            )
+            np.right_shift(words_BP, shift, out=values_BP[: len(rows)])
+            np.bitwise_and(values_BP, mask, out=values_BP)
+            indices_BPJ[first : first + BLOCK_ROWS, :, token] = values_BP[: len(rows)]
     indices_BN = indices_BPJ.reshape(num_rows, num_periods * period_tokens)
     return indices_BN if indices_BN.shape[1] == num_tokens else np.ascontiguousarray(indices_BN[:, :num_tokens])
 

@@ -75,7 +75,7 @@ def test_a_file_that_is_gone_or_altered_in_the_store(remote, tmp_path):
     for changed, message in (
         (data + b"1", r"it does not have the [\d,]+ bytes"),
         (data[:-1], r"it does not have the [\d,]+ bytes"),
-        (data[:-1] + b"x", "does not end as Parquet does"),
+        (data[:-1] + b"x", "it does not end as Parquet does"),
     ):
         remote.storage.publish(name, changed)
         with pytest.raises(BsqError, match=rf"0000001-.*gone or altered: {message}"):

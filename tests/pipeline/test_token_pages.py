@@ -38,6 +38,9 @@ class Bytes:
             done += len(part)
         return done == sum(map(len, buffers))
 
+    def read_each(self, offsets, buffers):
+        return all(self.read_into(offset, [buffer]) for offset, buffer in zip(offsets, buffers, strict=True))
+
 
 def opened(data):
     return TokenFile(Bytes(data), "a file", "a dataset", len(data), in_one_request=False)
@@ -61,9 +64,11 @@ def rows_at_offsets(file, unit, row_bytes):
 
 def rows_one_by_one(file, unit, row_bytes):
     """None where the file does not allow it."""
-    numbers = list(range(file.unit_rows[unit]))[::-1]
+    numbers = np.arange(file.unit_rows[unit])[::-1]
     out = [memoryview(bytearray(row_bytes + 4)) for _ in numbers]
     if not file.read_rows(unit, numbers, out):
+        return None
+    if any(buffer[:4] != row_bytes.to_bytes(4, "little") for buffer in out):
         return None
     return [bytes(buffer[4:]) for buffer in out][::-1]
 
