@@ -25,6 +25,7 @@ EXAMPLES = 3
 MAX_SHARDS = 20
 UNUSUAL_SHARE = 0.05
 """A shard that loses less than this is never unusual."""
+UNUSUAL_SAMPLES = 3
 UNUSUAL_FACTOR = 5.0
 """Of the share that all others together lose."""
 
@@ -152,7 +153,7 @@ def _lossy(commits: CommitTable, newest: npt.NDArray[np.bool_]) -> list[LossySha
     samples, failed = commits.column("samples")[newest].astype(np.float64), commits.column("failed")[newest]
     share = failed / np.maximum(samples, 1)
     others = (failed.sum() - failed) / np.maximum(samples.sum() - samples, 1)
-    unusual = (share >= UNUSUAL_SHARE) & (share > UNUSUAL_FACTOR * others) & (failed > 1)
+    unusual = (share >= UNUSUAL_SHARE) & (share > UNUSUAL_FACTOR * others) & (failed >= UNUSUAL_SAMPLES)
     places = np.flatnonzero(unusual)[np.argsort(-share[unusual], kind="stable")][:MAX_SHARDS]
     return [
         LossyShard(int(shards[place]), commits.plan.url(int(shards[place])), int(samples[place]), int(failed[place]))

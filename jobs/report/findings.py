@@ -80,12 +80,14 @@ def _shard_findings(commits: CommitTable, failures: Failures, state: str) -> lis
 def _failure_findings(job: Job, failures: Failures) -> list[Finding]:
     found = []
     limit = job.spec.run.max_failed_fraction
+    too_many = failures.failed > limit * failures.samples
     named = 0
     for each in failures.classes:
         if each.severity != "failed" or not failures.samples or named == MAX_CLASSES_NAMED:
             continue
         share = min(1.0, each.samples / failures.samples)
-        if share <= limit and each.error not in POISON:
+        # The commonest class is named, too, where only all together are too many.
+        if share <= limit and each.error not in POISON and not (too_many and not named):
             continue
         named += 1
         about = "" if failures.exact else "about "
