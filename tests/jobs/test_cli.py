@@ -47,6 +47,8 @@ def driver(module):
         return SimpleNamespace(exit_code=3, progress=progress, lines=["1 shard is partial."])
 
     module("jobs.start", start_job=start_job, resume_job=start_job)
+    module("jobs.append", append_job=start_job)
+    module("jobs.retry", retry_job=start_job)
     return calls
 
 
@@ -211,6 +213,34 @@ def test_tokenize_hands_its_options_to_the_driver_and_prints_what_came_out(drive
     assert captured.out.startswith("shards   2 of 2 committed\nsamples  7\n")
     assert captured.out.endswith("1 shard is partial.\n")
     assert "shard 1 is partial" in captured.err
+
+
+def test_append_hands_on_only_the_settings_that_are_given(driver):
+    """What is not given is the dataset's own, so it must be known what was."""
+    assert run(["tokenize", "c.tar", "--out", "o", "--append", "--in-process", "--fps", "4"]) == 3
+    ((spec,), settings) = driver[0]
+    assert spec.model_dump(exclude_unset=True) == {"shards": ("c.tar",), "out": "o", "clips": {"fps": 4.0}}
+    assert (settings["runner"], settings["force"]) == ("in-process", False)
+
+
+@pytest.mark.parametrize(
+    ("switches", "kind"), [([], "retry"), (["--samples"], "retry-samples"), (["--damaged"], "retry-damaged")]
+)
+def test_retry_hands_its_options_to_the_driver(driver, switches, kind):
+    assert run(["retry", "o", "u.tar?sig=1", *switches, "--set", "limits.min_side=4", "--batch", "2", "--no-ray"]) == 3
+    (arguments, settings) = driver[0]
+    assert arguments == ("o", kind)
+    assert settings.pop("asked").model_dump(exclude_unset=True) == {
+        "shards": ("u.tar?sig=1",),
+        "limits": {"min_side": 4},
+        "run": {"batch": 2},
+    }
+    assert settings == {"runner": "local", "ray_address": None, "force": False, "storage_options": None}
+
+
+def test_two_kinds_of_retry_are_two_commands(capsys):
+    assert run(["retry", "o", "--samples", "--damaged"]) == 2
+    assert capsys.readouterr().err.startswith("SpecError: --samples and --damaged cannot go together")
 
 
 def test_resume_hands_its_options_to_the_driver(driver):
