@@ -29,6 +29,8 @@ SIZED_SHARDS = 256
 """Shards whose size is asked for; the others are taken for as large on average."""
 MIN_SAMPLES = 32
 """Of each measured shard, where it has so many."""
+IN_FLIGHT = 3
+"""Excerpts in the worker's hands, so that its device never waits for the next."""
 MOST_SECONDS = 900.0
 """After which a worker that has not finished one excerpt is given up."""
 _OF_THE_CUT = ("TarTruncated", "SampleCutOff")
@@ -99,7 +101,7 @@ class JobPlan:
         return "\n".join(lines + [f"          {reason}" for reason in self.reasons])
 
 
-def plan_job(spec: JobSpec, *, seconds: float = 30.0, storage_options: dict[str, Any] | None = None) -> JobPlan:
+def plan_job(spec: JobSpec, *, seconds: float = 20.0, storage_options: dict[str, Any] | None = None) -> JobPlan:
     """Measure some samples of the shards of `spec` for about so many seconds, and say what all of them would take.
 
     Nothing is written but temporary files of this host.  Raises SpecError when no shard could be read or nothing
@@ -146,6 +148,7 @@ class _Measurement:
 
     beats: list[Heartbeat] = field(default_factory=list)
     committed: dict[int, ShardCommitted] = field(default_factory=dict)
+    """Of the first time each excerpt was tokenized."""
     start_seconds: float = 0.0
     reasons: list[str] = field(default_factory=list)
 
@@ -182,17 +185,23 @@ def _measure(setup: WorkerSetup, excerpts: Sequence[Excerpt], seconds: float, lo
     began = time.monotonic()
     handle = runner.start_worker(0)
     try:
-        for number, excerpt in enumerate(excerpts):
-            handle.assign(Assignment(number, 1, str(excerpt.path)))
-        open_shards = set(range(len(excerpts)))
-        while open_shards:
+        open_shards: set[int] = set()
+        number, passed = 0, 0.0
+        while number < len(excerpts) or open_shards or passed < seconds:
+            while len(open_shards) < IN_FLIGHT and (number < len(excerpts) or passed < seconds):
+                # A quick worker gets the same excerpts again, until there is enough to measure.
+                handle.assign(Assignment(number, 1, str(excerpts[number % len(excerpts)].path)))
+                open_shards.add(number)
+                number += 1
             runner.wait(0.1)
             for message in handle.take_messages():
                 if isinstance(message, ShardCommitted):
-                    found.committed[message.commit.shard] = message
+                    if message.commit.shard < len(excerpts):
+                        found.committed[message.commit.shard] = message
                     open_shards.discard(message.commit.shard)
                 elif isinstance(message, ShardFailed):
-                    found.reasons.append(f"{message.error}: {message.message}")
+                    if message.shard < len(excerpts):
+                        found.reasons.append(f"{message.error}: {message.message}")
                     open_shards.discard(message.shard)
                 elif isinstance(message, WorkerBroken):
                     raise message.error
@@ -203,8 +212,8 @@ def _measure(setup: WorkerSetup, excerpts: Sequence[Excerpt], seconds: float, lo
             death = handle.death()
             if death is not None:
                 raise BsqError(f"{death.reason}, while it measured. `bsq tokenize` would tell more of it.")
-            passed = time.monotonic() - began - found.start_seconds
-            if (found.committed and passed > seconds) or passed > MOST_SECONDS:
+            passed = found.beats[-1].seconds if found.beats else 0.0
+            if (found.committed and passed > 2 * seconds) or time.monotonic() - began > MOST_SECONDS:
                 break
     finally:
         runner.close()

@@ -32,8 +32,8 @@ def plan(
     workers: Workers = None,
     cpus_per_worker: Annotated[int | None, option("--cpus-per-worker", "run.cpus_per_worker", "Running", "N")] = None,
     seconds: Annotated[
-        float, typer.Option("--seconds", metavar="S", min=1, help="How long to measure. Left out: 30.")
-    ] = 30.0,
+        float, typer.Option("--seconds", metavar="S", min=1, help="How long to measure. Left out: 20.")
+    ] = 20.0,
     as_json: Annotated[bool, switch("--json", "Print JSON for programs. Left out: a few lines.")] = False,
     storage_option: StorageOptions = None,
 ) -> None:

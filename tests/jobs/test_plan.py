@@ -31,7 +31,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_plan_counts_what_the_job_then_makes(corpus: Path, tmp_path: Path, bsq: RunBsq) -> None:
-    planned = bsq("plan", corpus / "*.tar", *STUB, "--seconds", 5, "--json")
+    planned = bsq("plan", corpus / "*.tar", *STUB, "--seconds", 2, "--json")
     assert planned.returncode == 0, planned.stderr
     plan = json.loads(planned.stdout)
     made = bsq("tokenize", corpus / "*.tar", "--out", tmp_path / "out", "--tokenizer", "stub", "--size", 64, "--no-ray")
@@ -56,7 +56,7 @@ def test_slow_storage_is_named_as_the_limit(corpus: Path) -> None:
     values = {"tokenizer": "stub", "preprocess": {"size": 64}, "device": "cpu", "out": "unwritten"}
     with slow_server(corpus, bytes_per_second=100_000) as url:
         shards = [f"{url}/{number:02d}.tar" for number in (0, 4, 8)] + [f"{url}/none.tar"]
-        plan = plan_job(parse_spec(values | {"shards": shards}, source="test"), seconds=5)
+        plan = plan_job(parse_spec(values | {"shards": shards}, source="test"), seconds=2)
     assert plan.limit == "storage"
     assert plan.storage_rate < plan.worker_rate
     assert plan.unreadable_shards == 1
@@ -73,7 +73,7 @@ def test_what_cannot_be_measured_is_told_in_one_line(tmp_path: Path, bsq: RunBsq
     (line,) = refused.stderr.strip().splitlines()
     assert "none of 4 shards could be read" in line and "none-0.tar" in line
     write_tar(tmp_path / "bad.tar", [("a.jpg", b"\xff\xd8\xff not a picture")])
-    refused = bsq("plan", tmp_path / "bad.tar", *STUB)
+    refused = bsq("plan", tmp_path / "bad.tar", *STUB, "--seconds", 1)
     assert refused.returncode == 2
     (line,) = refused.stderr.strip().splitlines()
     assert "nothing could be tokenized" in line
