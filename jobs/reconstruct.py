@@ -195,17 +195,20 @@ class TokenDecoder:
         self._storage_options = storage_options
         self._load = lru_cache(maxsize=1)(self._load_model)
 
-    def frames(self, row: FoundRow) -> Frames:
-        """What the tokens of `row` decode to, rounded to uint8."""
+    def frames(self, row: FoundRow, most: int | None = None) -> Frames:
+        """What the tokens of `row`, or of its first `most` frames, decode to, rounded to uint8.
+
+        No frame depends on a later one, so that those that are left out change nothing."""
         import torch
 
-        from tokenizer.codes import unpack_bits
+        from tokenizer.codes import packed_size, unpack_bits
 
         tokenizer = self._job.tokenizer
         grid_rows, grid_columns = tokenizer.grid
-        num_frames = row.values["frames"]
-        packed_1O = np.frombuffer(row.values["tokens"], np.uint8)[np.newaxis]
-        bits_1NL = unpack_bits(packed_1O, num_frames * grid_rows * grid_columns, tokenizer.bits)
+        num_frames = min(row.values["frames"], most or row.values["frames"])
+        num_tokens = num_frames * grid_rows * grid_columns
+        packed_O = np.frombuffer(row.values["tokens"], np.uint8)[: packed_size(num_tokens, tokenizer.bits)]
+        bits_1NL = unpack_bits(packed_O[np.newaxis], num_tokens, tokenizer.bits)
         bits = torch.from_numpy(bits_1NL).reshape(1, num_frames, grid_rows, grid_columns, tokenizer.bits)
         pixels_THWC = self._load().decode(bits)[0]
         frames: Frames = ((pixels_THWC + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,12 +16,14 @@ from jobs.commit_table import CommitTable
 from pipeline.dataset_files import StoredFile
 from pipeline.parquet import PARQUET_ERRORS, read_parquet
 from pipeline.storage import Storage
+from schemas.errors import BsqError
 from schemas.manifest import count_samples, latest_parts
 
 MAX_TABLES = 256
 """Failure tables that are read."""
 FULLEST_TABLES = 64
 """Of those, the ones with most rows; the rest are taken by chance and stand for those that are not read."""
+TABLES_AT_ONCE = 8
 EXAMPLES = 3
 MAX_SHARDS = 20
 UNUSUAL_SHARE = 0.05
@@ -174,23 +177,27 @@ def _classes(
     drawn_weight = int(all_weights[drawn].sum()) if drawn else 0
     scale = float(all_weights[others].sum()) / drawn_weight if drawn_weight else 1.0
 
+    names = commits.table["failures_file"]
+    chosen = [*fullest.tolist(), *sorted(drawn)]
+    with ThreadPoolExecutor(TABLES_AT_ONCE) as pool:
+        tables = list(pool.map(lambda place: _read_table(storage, names[place].as_py()), chosen))
     classes: dict[tuple[str, str, str], FailureClass] = {}
-    unreadable = []
-    num_read = 0
-    for place in [*fullest.tolist(), *sorted(drawn)]:
-        name = commits.table["failures_file"][place].as_py()
-        try:
-            columns = ["key", "member", "position", "clip", "stage", "error", "message", "severity"]
-            with StoredFile(storage, name) as stored:
-                table = read_parquet(stored, columns)
-        except PARQUET_ERRORS:
-            unreadable.append(name)
-            continue
-        num_read += 1
-        shard = int(commits.table["shard"][place].as_py())
-        _count(classes, table, shard, 1.0 if place in fullest else scale)
+    for number, (place, table) in enumerate(zip(chosen, tables, strict=True)):
+        if table is not None:
+            shard = int(commits.table["shard"][place].as_py())
+            _count(classes, table, shard, 1.0 if number < len(fullest) else scale)
+    unreadable = [names[place].as_py() for place, table in zip(chosen, tables, strict=True) if table is None]
     ordered = sorted(classes.values(), key=lambda each: (each.severity != "failed", -each.samples, each.error))
-    return ordered, num_read, len(places), unreadable
+    return ordered, len(chosen) - len(unreadable), len(places), unreadable
+
+
+def _read_table(storage: Storage, name: str) -> pa.Table | None:
+    columns = ["key", "member", "position", "clip", "stage", "error", "message", "severity"]
+    try:
+        with StoredFile(storage, name) as stored:
+            return read_parquet(stored, columns)
+    except (BsqError, *PARQUET_ERRORS):
+        return None
 
 
 def _count(classes: dict[tuple[str, str, str], FailureClass], table: pa.Table, shard: int, scale: float) -> None:

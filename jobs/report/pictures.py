@@ -35,6 +35,8 @@ SOURCE_SECONDS = 60.0
 """Sources that have not answered by then count as out of reach."""
 MAX_STREAM_BYTES = 256 << 20
 """Of one compressed shard, which can only be read from its beginning."""
+MOST_FRAMES = 4
+"""Of a clip: attention over a whole one can take minutes on a CPU."""
 WEBP_QUALITY = 92
 
 
@@ -48,11 +50,12 @@ class Pair:
     frame: int
     """Shown frame, from 0."""
     frames: int
+    """Of the whole clip."""
     decoded: str
     """A data URL."""
     original: str | None = None
     decibels: float | None = None
-    """PSNR over all frames; infinite for equal ones."""
+    """PSNR over the frames that were decoded; infinite for equal ones."""
     missing: str = ""
     """Why there is no original."""
     drifting: bool = False
@@ -108,25 +111,26 @@ def make_pictures(
         return found
     try:
         decoder = TokenDecoder(storage, job, storage_options)
-        decoded = [decoder.frames(row) for row in rows]
+        decoded = [decoder.frames(row, MOST_FRAMES) for row in rows]
     except BsqError as error:
         return Pictures(note=f"The tokens cannot be decoded: {error}")
     originals = _originals_in_time(rows, job, storage_options)
     is_drifting = set(drifting)
     for number, (row, frames_THWC) in enumerate(zip(rows, decoded, strict=True)):
-        middle = len(frames_THWC) // 2
+        last = len(frames_THWC) - 1
         pair = Pair(
             shard=row.source.shard,
             key=row.values["key"],
             clip=row.values["clip"],
-            frame=middle,
-            frames=len(frames_THWC),
-            decoded=_data_url(frames_THWC[middle]),
+            frame=last,
+            frames=row.values["frames"],
+            decoded=_data_url(frames_THWC[last]),
             drifting=row.source.shard in is_drifting,
         )
         original = originals.get(number)
-        if isinstance(original, np.ndarray) and original.shape == frames_THWC.shape:
-            pair.original, pair.decibels = _data_url(original[middle]), psnr(original, frames_THWC)
+        if isinstance(original, np.ndarray) and len(original) == pair.frames:
+            pair.original = _data_url(original[last])
+            pair.decibels = psnr(original[: last + 1], frames_THWC)
         else:
             pair.missing = str(original) if isinstance(original, InputError) else _MISSED
         found.pairs.append(pair)

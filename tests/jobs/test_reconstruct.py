@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from jobs.contact_sheet import Tile, draw_sheet
-from jobs.reconstruct import _read_originals, _spread_rows, describe_psnr, reconstruct, side_by_side
+from jobs.reconstruct import TokenDecoder, _read_originals, _spread_rows, describe_psnr, reconstruct, side_by_side
 from jobs.start import start_job
 from pipeline.dataset_files import read_job
 from pipeline.find_rows import find_rows, list_token_files, read_row
@@ -260,3 +260,12 @@ def test_odd_sides_are_padded_for_h264(tmp_path):
         stream = container.streams.video[0]
         assert (stream.width, stream.height, stream.average_rate) == (34, 32, 12.5)
         assert [round(float(frame.time), 2) for frame in container.decode(stream)] == [0.0, 0.08, 0.16]
+
+
+def test_the_first_frames_alone_decode_to_what_they_do_among_the_others(tokenized):
+    storage = Storage(tokenized)
+    job = read_job(storage)
+    assert job is not None
+    row = next(row for row in find_rows(storage, "walk/one") if row.values["frames"] == 8)
+    decoder = TokenDecoder(storage, job, None)
+    assert np.array_equal(decoder.frames(row, 3), decoder.frames(row)[:3])

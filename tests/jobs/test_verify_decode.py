@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.cli import run
 from jobs.commit_table import read_commit_table
 from jobs.sample_rows import choose_rows, read_rows
 from jobs.start import start_job
@@ -137,13 +138,12 @@ def test_a_folder_without_a_dataset_is_refused(tmp_path):
         retokenize(str(tmp_path), 3)
 
 
-def test_the_command_says_it_all_and_ends_with_3(tmp_path, bsq):
+def test_the_command_says_it_all_and_ends_with_3(tmp_path, capsys):
     out = tokenize(tmp_path)
-    fine = bsq("verify", out, "--decode", 6, "--seed", 2)
-    assert fine.returncode == 0, fine.stderr
-    assert "Everything is as recorded." in fine.stdout
-    assert "Tokenized 6 of 6 random rows again (seed 2), on cpu" in fine.stdout
+    assert run(["verify", out, "--decode", "6", "--seed", "2"]) == 0
+    said = capsys.readouterr()
+    assert "Everything is as recorded." in said.out and said.err == ""
+    assert "Tokenized 6 of 6 random rows again (seed 2), on cpu" in said.out
     write_tar(tmp_path / "photos.tar", [(f"{n:06d}.jpg", jpeg(500 + n)) for n in range(10)])
-    changed = bsq("verify", out, "--decode", 20)
-    assert (changed.returncode, changed.stderr) == (3, "")
-    assert "their sources or the weights are not those" in changed.stdout
+    assert run(["verify", out, "--decode", "20"]) == 3
+    assert "their sources or the weights are not those" in capsys.readouterr().out
