@@ -42,6 +42,8 @@ BREAKER_SHARDS = 20
 """Shards failed in a row after which the job stops."""
 BREAKER_FIRST_SHARDS = 10
 """When more than half of the samples of this many first shards fail, the job stops."""
+START_SECONDS = 600.0
+"""For a worker to come up: its weights may come from afar."""
 MAX_BARREN_DEATHS = 3
 """Deaths in a row in one worker's place before one came up, after which nobody takes that place any more."""
 DECODE_GRACE_SHARE, DECODE_GRACE_SECONDS = 0.25, 5.0
@@ -207,12 +209,13 @@ class Driver:
         if overdue and slot.in_flight:
             what = f"decoded one sample for more than {self._decode_seconds:.0f} s"
             self._kill(number, what, overdue, DECODE_HUNG)
-        elif now - slot.last_change > self._run_spec.hang_timeout_seconds:
-            what = f"made no progress for {self._run_spec.hang_timeout_seconds:.0f} s"
-            self._kill(number, what, activities, WORKER_HUNG)
+            return
+        patience = self._run_spec.hang_timeout_seconds if slot.handle.heartbeat() is not None else START_SECONDS
+        if now - slot.last_change > patience:
+            self._kill(number, f"made no progress for {patience:.0f} s", activities, WORKER_HUNG)
 
     def _require_workers(self) -> None:
-        seconds = MAX_BARREN_DEATHS * self._run_spec.hang_timeout_seconds
+        seconds = MAX_BARREN_DEATHS * START_SECONDS
         if time.monotonic() - self._last_up > seconds:
             raise BsqError(
                 f"{self._storage.url}: no worker has been up for {seconds:.0f} s. When there is room for one, go on "

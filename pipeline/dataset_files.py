@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from pipeline.parquet import PARQUET_ERRORS, read_parquet
 from pipeline.storage import Storage
 from schemas.errors import BsqError
 from schemas.job import Job
-from schemas.ledger import Arithmetic, Attempt, Commit, GivenUp, Summary, parse_lines, segment_range
+from schemas.ledger import Arithmetic, Attempt, Commit, GivenUp, Summary, parse_lines, segment_name, segment_range
 from schemas.manifest import MANIFEST_SCHEMA, ManifestSummary
 from schemas.tokenfile import FORMAT_VERSION
 
@@ -30,6 +31,7 @@ PLAN_SCHEMA = pa.schema([pa.field("shard", pa.int64(), nullable=False), pa.field
 
 GENERATION_FILE = re.compile(r"^(\d{4,})\.json$")
 """What a generation writes last, under `plan/` when it begins and under `manifest/` when it ends."""
+_FIRST_WAIT_SECONDS = 0.05
 _LISTINGS = 5
 """Times that a ledger is listed before a segment that vanished counts as lost; each merge costs at most one."""
 
@@ -313,12 +315,21 @@ def select_segments(names: list[str]) -> list[str]:
 
 def _listings(storage: Storage, generation: int) -> Iterator[list[str]]:
     """What to read, listed again each time the caller comes back: a segment that vanished was merged meanwhile."""
-    for _ in range(_LISTINGS):
+    folder = ledger_folder(generation)
+    for number in range(_LISTINGS):
+        if number:
+            time.sleep(_FIRST_WAIT_SECONDS * 2**number)
         try:
-            yield select_segments(storage.list(ledger_folder(generation)))
+            selected = select_segments(storage.list(folder))
         except LookupError:
             # A listing that took long may have passed the place of a merged segment before it was published.
             continue
+        # A listing may lag behind what was written.  Numbers have no gaps, so what comes next can be asked for by name.
+        following = _last_number(selected[-1]) + 1 if selected else 0
+        while storage.exists(f"{folder}/{segment_name(following)}"):
+            selected.append(segment_name(following))
+            following += 1
+        yield selected
 
 
 def _last_number(name: str) -> int:

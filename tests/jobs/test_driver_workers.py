@@ -243,8 +243,11 @@ def test_workers_are_started_when_there_is_room_for_more_and_not_again_when_ther
     assert all(worker.assigned for worker in runner.workers[:3])
 
 
-def test_a_job_without_any_worker_ends_instead_of_waiting_for_ever(tmp_path: Path) -> None:
-    job = Job(tmp_path, 2, hang_timeout_seconds=0.05)
+def test_a_job_without_any_worker_ends_instead_of_waiting_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs.driver, "START_SECONDS", 0.05)
+    job = Job(tmp_path, 2)
     with pytest.raises(BsqError, match="no worker has been up"):
         job.run(FakeRunner(commit, num_workers=0))
     assert job.run(commit).exit_code == 0
