@@ -38,7 +38,8 @@ class FeatureStatistics:
         if not self._rows:
             return None
         rows_NF = torch.cat(self._rows)
-        return (rows_NF - rows_NF.mean(0)) / (self.count - 1) ** 0.5
+        scaled_NF: Tensor = (rows_NF - rows_NF.mean(0)) / (self.count - 1) ** 0.5
+        return scaled_NF
 
     @property
     def mean(self) -> Tensor:

@@ -11,6 +11,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from schemas.errors import SpecError
 from tokenizer.bsqvit import BSQViT
+from tokenizer.code_usage import CodeCounts
 from tokenizer.config import BSQViTConfig
 from tokenizer.discriminator import Discriminator
 from tokenizer.ema import MovingAverage
@@ -181,34 +183,20 @@ class CodeUsage:
     """Counts which bits and which codes of each group occur, over all processes."""
 
     def __init__(self, config: BSQViTConfig, device: torch.device) -> None:
-        self._group_size = config.group_size
-        self._weights_C = 2 ** torch.arange(config.group_size, device=device)
-        self._num_codes = 2**config.group_size
-        self._ones_L = torch.zeros(config.bits_per_token, dtype=torch.float64, device=device)
-        self._counts_GK = torch.zeros(
-            config.bits_per_token // config.group_size, self._num_codes, dtype=torch.float64, device=device
-        )
+        self._new = partial(CodeCounts, config.bits_per_token, config.group_size, device)
+        self._counts = self._new()
 
     def add(self, bits: Tensor) -> None:
         """Count bool bits [..., L]."""
-        bits_ML = bits.reshape(-1, bits.shape[-1])
-        self._ones_L += bits_ML.sum(0)
-        codes_MG = (bits_ML.reshape(len(bits_ML), -1, self._group_size) * self._weights_C).sum(-1)
-        ones = torch.ones_like(codes_MG.T, dtype=torch.float64)
-        self._counts_GK.scatter_add_(1, codes_MG.T, ones)
+        self._counts.add(bits)
 
     def take(self) -> tuple[list[float], float]:
         """Entropy of each channel in bits, and the share of each group's codes that occurred; then begin anew."""
-        for each in (self._ones_L, self._counts_GK):
-            if num_ranks() > 1:
-                dist.all_reduce(each)
-        total = self._counts_GK.sum(1).max().clamp_min(1)
-        share = (self._ones_L / total).clamp(1e-12, 1 - 1e-12)
-        entropy = -(share * share.log2() + (1 - share) * (1 - share).log2())
-        used = (self._counts_GK > 0).double().mean()
-        self._ones_L.zero_()
-        self._counts_GK.zero_()
-        return [float(each) for each in entropy], float(used)
+        counts, self._counts = self._counts, self._new()
+        if num_ranks() > 1:
+            dist.all_reduce(counts.ones_L)
+            dist.all_reduce(counts.codes_GK)
+        return counts.channel_bits(), float((counts.codes_GK > 0).double().mean())
 
 
 def starting_model(config: TrainConfig, device: torch.device) -> BSQViT:
