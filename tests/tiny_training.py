@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from tokenizer.train_config import TrainConfig, train_config
 
@@ -35,3 +39,34 @@ def frames(num: int, num_frames: int, size: int = 40, seed: int = 0) -> np.ndarr
     coarse = torch.rand(num * num_frames, 3, 4, 4, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear")
     return (smooth * 255).to(torch.uint8).permute(0, 2, 3, 1).reshape(num, num_frames, size, size, 3).numpy()
+
+
+def write_train_file(folder: Path, shards: Sequence[Path], *, steps: int = 4, **sections: dict[str, Any]) -> Path:
+    """A training file over pictures and clips of shards, the third of which has the clips."""
+    values: dict[str, Any] = {
+        "recipe": "small-cpu",
+        "out": str(folder / "run"),
+        "data": {
+            "images": [str(shard) for shard in shards],
+            "clips": [str(shards[2])],
+            "validation_images": [str(shards[1])],
+            "validation_clips": [str(shards[2])],
+            "validation_items": 4,
+            "decode_threads": 1,
+        },
+        "model": {"preset": "vit-tiny-32-l18", "width": 32, "layers": 1, "heads": 2, "head_width": 64, "max_frames": 3},
+        "optimizer": {"steps": steps, "batch_images": 4, "batch_clips": 1, "warmup_steps": 1},
+        "run": {"device": "cpu", "dtype": "float32", "log_every": 1, "save_every": 2, "validate_every": 4,
+                "picture_every": 4},
+    }  # fmt: skip
+    for name, section in sections.items():
+        values[name] = {**values[name], **section}
+    path = folder / "train.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def logged_losses(folder: Path) -> list[float]:
+    """The losses in the log of a run."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import signal
 import subprocess
 
@@ -18,40 +17,13 @@ from jobs.train import TrainDisplay, decode_ahead, train
 from schemas.errors import SpecError
 from schemas.trainspec import TrainDataSpec, parse_train_spec, read_train_spec
 from tests.tiny_corpus import BSQ, REPOSITORY, bsq_environment
+from tests.tiny_training import logged_losses as losses
+from tests.tiny_training import write_train_file as write_config
 from tokenizer.checkpoint import from_pretrained, weight_sha256
 from tokenizer.train_config import RECIPES, train_config
 from tokenizer.train_log import TrainReport, picture_grid, write_png
 from tokenizer.train_state import find_states, load_state
 from tokenizer.trainer import main as train_from_arrays
-
-
-def write_config(folder, shards, *, steps=4, **sections):
-    values = {
-        "recipe": "small-cpu",
-        "out": str(folder / "run"),
-        "data": {
-            "images": [str(shard) for shard in shards],
-            "clips": [str(shards[2])],
-            "validation_images": [str(shards[1])],
-            "validation_clips": [str(shards[2])],
-            "validation_items": 4,
-            "decode_threads": 1,
-        },
-        "model": {"preset": "vit-tiny-32-l18", "width": 32, "layers": 1, "heads": 2, "head_width": 64, "max_frames": 3},
-        "optimizer": {"steps": steps, "batch_images": 4, "batch_clips": 1, "warmup_steps": 1},
-        "run": {"device": "cpu", "dtype": "float32", "log_every": 1, "save_every": 2, "validate_every": 4,
-                "picture_every": 4},
-    }  # fmt: skip
-    for name, section in sections.items():
-        values[name] = {**values[name], **section}
-    path = folder / "train.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
-
-
-def losses(folder):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 @pytest.mark.parametrize("hold", [True, False])
