@@ -14,8 +14,7 @@ import pytest
 from benchmarks.token_rows import TokenRows
 from tests.tiny_corpus import REPOSITORY, bsq_environment
 
-STEPS = 60
-SMALL = ["--steps", STEPS, "--save-every", 8, "--seq-len", 70, "--width", 32, "--layers", 1, "--batch", 4]
+SMALL = ["--save-every", 8, "--seq-len", 70, "--width", 32, "--layers", 1, "--batch", 4]
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +25,17 @@ def dataset(tmp_path_factory) -> Path:
     return out
 
 
-def start(dataset: Path, run: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, REPOSITORY / "examples" / "train_lm.py", dataset, run, *SMALL]
+def start(dataset: Path, run: Path, steps: int) -> subprocess.Popen[str]:
+    command = [sys.executable, REPOSITORY / "examples" / "train_lm.py", dataset, run, "--steps", steps, *SMALL]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     # One thread: the order in which sums are taken must not depend on how many cores are free.
     environment = bsq_environment({"OMP_NUM_THREADS": "1"})
     return subprocess.Popen([*map(str, command)], text=True, env=environment, **pipes)
+
+
+def num_lines(run: Path) -> int:
+    log = run / "losses.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
 def losses(run: Path) -> list[dict[str, float]]:
@@ -40,25 +44,21 @@ def losses(run: Path) -> list[dict[str, float]]:
 
 def test_killed_and_started_again_it_draws_the_same_curve(dataset, tmp_path):
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
-    process = start(dataset, unbroken)
-    _, complaint = process.communicate(timeout=120)
-    assert process.returncode == 0, complaint
-
     for kill_at in (13, 38):
-        process = start(dataset, killed)
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            log = killed / "losses.jsonl"
-            if log.exists() and len(log.read_bytes().splitlines()) >= kill_at:
-                process.send_signal(signal.SIGKILL)
+        process = start(dataset, killed, 1_000_000)
+        deadline = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline and num_lines(killed) < kill_at:
             time.sleep(0.002)
-        _, complaint = process.communicate(timeout=10)
+        process.send_signal(signal.SIGKILL)
+        _, complaint = process.communicate(timeout=60)
         assert process.returncode == -signal.SIGKILL, complaint
-        assert kill_at <= len((killed / "losses.jsonl").read_bytes().splitlines()) < STEPS
-    process = start(dataset, killed)
-    said, complaint = process.communicate(timeout=120)
-    assert process.returncode == 0, complaint
-    assert "going on behind step" in said
-    assert [line["step"] for line in losses(killed)] == list(range(1, STEPS + 1))
+        assert num_lines(killed) >= kill_at
+    steps = num_lines(killed) + 10
+    for run in (killed, unbroken):
+        process = start(dataset, run, steps)
+        said, complaint = process.communicate(timeout=300)
+        assert process.returncode == 0, complaint
+        assert ("going on behind step" in said) == (run == killed)
+    assert [line["step"] for line in losses(killed)] == list(range(1, steps + 1))
     assert losses(killed) == losses(unbroken)
     assert losses(killed)[-1]["loss"] != losses(killed)[-2]["loss"]
