@@ -296,7 +296,7 @@ def _round_up(value: float) -> float:
 def _ticks(top: float) -> list[float]:
     """Round values from 0 to `top`, which `_round_up` made."""
     leading = top / 10.0 ** math.floor(math.log10(top))
-    parts = 3 if round(leading, 1) in (1.5, 3, 6) else 4
+    parts = 3 if round(leading, 1) in (1.5, 3, 6) else 5 if round(leading, 1) in (1, 5) else 4
     return [top * number / parts for number in range(parts + 1)]
 
 

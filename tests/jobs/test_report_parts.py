@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jobs.commit_table import column_sum, read_commit_table
 from jobs.report import failures as failures_module
-from jobs.report import words
+from jobs.report import words, write_report
 from jobs.report.drift import binary_entropy, code_pieces, compare_shards
 from jobs.report.failures import collect_failures
 from jobs.report.speed import measure_rate, storage_of
@@ -259,3 +259,7 @@ def test_totals_are_those_of_the_manifest_whatever_was_won_back_later(tmp_path, 
         assert sum(each.samples for each in failures.classes if each.severity == "failed") >= summary.failed
         seen.append((summary.generation, failures.failed, failures.num_partial))
     assert seen == [(1, 3, 1), (2, 1, 1), (3, 1, 0)]
+    write_report(str(tmp_path / "out"), str(tmp_path / "r.html"))
+    page = (tmp_path / "r.html").read_text()
+    assert "Made with the stub of tests and benchmarks, whose tokens cannot be decoded." in page
+    assert "<dt>Generations</dt><dd><bdi>4</bdi></dd>" in page
