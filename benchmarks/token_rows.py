@@ -63,7 +63,7 @@ class TokenRows:
         storage = Storage(str(out))
         table = manifest_table((commit, f"shard-{commit.shard:07d}.tar", 0) for commit in commits)
         data = serialise_manifest(table)
-        storage.publish("job.json", self._job().model_dump_json().encode())
+        storage.publish("job.json", self.job().model_dump_json().encode())
         storage.publish("manifest/0000.parquet", data)
         storage.publish("manifest/0000.json", self._summary(commits, data).model_dump_json().encode())
 
@@ -127,7 +127,8 @@ class TokenRows:
             at="2026-01-01T00:00:00+00:00",
         )
 
-    def _job(self) -> Job:
+    def job(self) -> Job:
+        """What the dataset is."""
         return Job(
             fingerprint=FINGERPRINT,
             fingerprint_fields={},

@@ -22,12 +22,12 @@ import pyarrow.compute as pc
 import torch
 
 from pipeline.file_cache import FileCache
-from pipeline.order import WindowPlan, latin_views, plan_windows, row_order, unit_order
+from pipeline.order import WindowPlan, latin_views, plan_windows, row_order, unit_costs, unit_order
 from pipeline.row_blocks import Buffers, FixedRows, Outputs, RaggedRows, RowBlock, Window, column_values
 from pipeline.row_filters import RowFilter, parse_filters, select_rows
 from pipeline.storage import Storage
 from pipeline.token_files import Check, TokenFile, TokenFiles
-from pipeline.token_index import DatasetInfo, read_file_column, read_token_index
+from pipeline.token_index import DatasetInfo, read_file_column, read_token_index, sums_before
 from pipeline.token_pages import PREFIX_BYTES, Octets
 from pipeline.token_views import View, parse_view
 from schemas.errors import SpecError, nearest_name
@@ -99,9 +99,11 @@ class TokenDataset:
         self.filter: RowFilter | None = None
         self._stride = 1 if self.views == "all" else info.views
         """Rows that belong to one place of the dataset: the views of a clip, or one row."""
-        self._first_place = np.append(0, np.cumsum(self._index.unit_rows // self._stride))
         self._selected: Numbers | None = None
-        self._unit_samples = np.diff(self._first_place)
+        self._unit_samples: npt.NDArray[Any] = self._index.unit_rows
+        if self._stride > 1:
+            self._unit_samples = self._unit_samples // self._stride
+        self._first_place = self._first_sample = sums_before(self._unit_samples)
         if filters:
             self.filter = parse_filters(filters, info.carried)
             passes = select_rows(
@@ -109,9 +111,8 @@ class TokenDataset:
             )
             # Views of one clip differ only in what nobody filters by; where they do not, all of them must pass.
             self._selected = np.flatnonzero(passes.reshape(-1, self._stride).all(1))
-            bounds = np.searchsorted(self._selected, self._first_place)
-            self._unit_samples = np.diff(bounds)
-        self._first_sample = np.append(0, np.cumsum(self._unit_samples))
+            self._first_sample = np.searchsorted(self._selected, self._first_place)
+            self._unit_samples = np.diff(self._first_sample)
         self._epoch = 0
         self._reset()
 
@@ -213,10 +214,11 @@ class TokenDataset:
 
     def plan_epoch(self, seed: int, epoch: int, *, shuffle: bool, window_rows: int) -> WindowPlan:
         """The windows of an epoch: a pure function of the arguments and the manifest."""
-        num_units = self._index.num_units
-        units = unit_order(seed, epoch, num_units) if shuffle else np.arange(num_units)
+        index = self._index
+        units = unit_order(seed, epoch, index.num_units) if shuffle else np.arange(index.num_units)
+        row_bytes = np.repeat(index.row_bytes.astype(np.int32), np.diff(index.first_unit))
         return plan_windows(
-            units, self._unit_samples, self._index.unit_rows, self._index.unit_bytes, window_rows, WINDOW_BYTES
+            units, self._unit_samples, unit_costs(index.unit_rows, row_bytes, window_rows, WINDOW_BYTES)
         )
 
     def read_window(
@@ -235,7 +237,7 @@ class TokenDataset:
         Raises BsqError when a file is missing or damaged."""
         units = plan.units[plan.first_unit[number] : plan.first_unit[number + 1]]
         samples = np.concatenate([np.arange(self._first_sample[u], self._first_sample[u + 1]) for u in units])
-        first_row = np.append(0, np.cumsum(self._index.unit_rows[units]))
+        first_row = sums_before(self._index.unit_rows[units])
         in_unit = self._rows_in_unit(samples, np.repeat(units, self._unit_samples[units]), epoch)
         rows = in_unit + np.repeat(first_row[:-1], self._unit_samples[units])
         if shuffle:
@@ -347,7 +349,7 @@ class TokenDataset:
             return {}
         units = np.unique(units_B)
         tables = [self._table(int(unit)) for unit in units]
-        first = np.append(0, np.cumsum(self._index.unit_rows[units]))[np.searchsorted(units, units_B)]
+        first = sums_before(self._index.unit_rows[units])[np.searchsorted(units, units_B)]
         if not tables:
             schema = token_schema(self.info.carried)
             return {name: pa.array([], schema.field(name).type) for name in columns}

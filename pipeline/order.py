@@ -7,6 +7,7 @@ unsigned integers.  A change of anything here changes every order: raise `ORDER_
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ Numbers = npt.NDArray[np.int64]
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 _COST_BITS = 20
+_CHUNK = 1 << 20
 
 
 def splitmix64(values: Hashes) -> Hashes:
@@ -45,9 +47,18 @@ def hashes(key: np.uint64, numbers: Numbers) -> Hashes:
     return splitmix64(splitmix64(numbers.astype(np.uint64)) ^ key)
 
 
+def _hashes_up_to(key: np.uint64, count: int) -> Hashes:
+    """The hashes of 0 to count - 1, with little memory beside them."""
+    found = np.empty(count, np.uint64)
+    for first in range(0, count, _CHUNK):
+        last = min(first + _CHUNK, count)
+        found[first:last] = hashes(key, np.arange(first, last))
+    return found
+
+
 def unit_order(seed: int, epoch: int, num_units: int) -> Numbers:
     """The units (row groups) of an epoch in shuffled order, int64."""
-    return np.argsort(hashes(stream_key(UNITS, seed, epoch), np.arange(num_units)), kind="stable")
+    return np.argsort(_hashes_up_to(stream_key(UNITS, seed, epoch), num_units), kind="stable")
 
 
 def row_order(seed: int, epoch: int, samples: Numbers) -> Numbers:
@@ -86,19 +97,32 @@ class WindowPlan:
         return int(np.searchsorted(self.first_sample, place, side="right")) - 1
 
 
-def plan_windows(
-    units: Numbers, unit_samples: Numbers, unit_rows: Numbers, unit_bytes: Numbers, max_rows: int, max_bytes: int
-) -> WindowPlan:
-    """Cut `units` into windows of about `max_rows` rows and `max_bytes` packed bytes, whichever is reached first.
+def unit_costs(
+    unit_rows: npt.NDArray[Any], row_bytes: npt.NDArray[Any], max_rows: int, max_bytes: int
+) -> npt.NDArray[np.int32]:
+    """How much of a window each unit takes, in 2^-20: of `max_rows` rows or `max_bytes` bytes, whichever is more.
+
+    `row_bytes` are the bytes of a row of each unit.  Integers, for sums of floats depend on the order of addition."""
+    rows = unit_rows.astype(np.int64) << _COST_BITS
+    costs = np.maximum(rows // max_rows, rows * row_bytes // max_bytes)
+    return np.asarray(np.minimum(costs, np.iinfo(np.int32).max), np.int32)
+
+
+def plan_windows(units: Numbers, unit_samples: npt.NDArray[Any], costs: npt.NDArray[np.int32]) -> WindowPlan:
+    """Cut `units` into windows: one ends when the costs of its units pass 2^20.
 
     The other arrays are indexed by unit.  A unit belongs to the window in which it begins, so a window passes its
     bounds by less than one unit; where one is reached is a sum, and no window depends on how another one was cut."""
-    units = units[unit_samples[units] > 0]
-    samples, rows, num_bytes = unit_samples[units], unit_rows[units], unit_bytes[units]
-    # In integers, for sums of floats depend on the order of addition.
-    cost = np.maximum((rows << _COST_BITS) // max_rows, (num_bytes << _COST_BITS) // max_bytes)
-    window = (np.cumsum(cost) - cost) >> _COST_BITS
-    starts = np.flatnonzero(np.diff(window, prepend=-1))
-    first_unit = np.append(starts, len(units))
-    first_sample = np.append(0, np.cumsum(samples))[first_unit]
+    empty = unit_samples == 0
+    if empty.any():
+        units = units[~empty[units]]
+    cost = costs[units]
+    window = np.cumsum(cost, dtype=np.int64)
+    window -= cost
+    window >>= _COST_BITS
+    starts = np.flatnonzero(window[1:] != window[:-1]) + 1
+    first_unit = np.concatenate([[0], starts, [len(units)]]) if len(units) else np.zeros(1, np.int64)
+    first_sample = np.zeros(len(first_unit), np.int64)
+    if len(units):
+        np.cumsum(np.add.reduceat(unit_samples[units], first_unit[:-1], dtype=np.int64), out=first_sample[1:])
     return WindowPlan(units, first_unit, first_sample)

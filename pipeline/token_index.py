@@ -72,10 +72,10 @@ class TokenIndex:
     file_bytes: Numbers
     first_unit: Numbers
     """Of each file its first unit, and last the number of units: int64 [files + 1]."""
-    unit_rows: Numbers
-    """Rows of each unit, int64 [units]."""
-    unit_bytes: Numbers
-    """Packed bytes of each unit, int64 [units]; where frames vary within a file, its mean."""
+    unit_rows: npt.NDArray[np.int32]
+    """Rows of each unit, int32 [units]: of a million files there are ten million units."""
+    row_bytes: Numbers
+    """Packed bytes of a row of each file, int64 [files]; where frames vary within a file, their mean."""
 
     @property
     def num_files(self) -> int:
@@ -166,15 +166,17 @@ def _build(storage: Storage, job: Job, table: pa.Table, *, manifest_sha256: str,
     if isinstance(groups, pa.ChunkedArray):
         groups = groups.chunk(0) if groups.num_chunks else pa.array([], groups.type)
     counts = groups.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-    first_unit = np.append(0, np.cumsum(counts))
-    unit_rows = groups.flatten().to_numpy()
+    first_unit = sums_before(counts)
+    recorded = groups.flatten().to_numpy()
+    in_range = not len(recorded) or 0 <= recorded.min() <= recorded.max() <= np.iinfo(np.int32).max
+    unit_rows = recorded.astype(np.int32) if in_range else np.zeros(0, np.int32)
+    del groups, recorded
     rows, tokens = table["rows"].to_numpy(), table["tokens"].to_numpy()
-    rows_before = np.append(0, np.cumsum(unit_rows))
     views = job.spec.preprocess.views
     if (
-        not np.array_equal(np.diff(rows_before[first_unit]), rows)
-        or (unit_rows < 0).any()
-        or (unit_rows % views).any()
+        not in_range
+        or not np.array_equal(np.diff(sums_before(unit_rows)[first_unit]), rows)
+        or (views > 1 and (unit_rows % views).any())
         or (tokens < 0).any()
     ):
         raise BsqError(f"{storage.url}: the manifest contradicts itself in its rows. Run `bsq verify {storage.url}`.")
@@ -200,7 +202,6 @@ def _build(storage: Storage, job: Job, table: pa.Table, *, manifest_sha256: str,
         weight_sha256=tokenizer.weight_sha256,
         created_by=job.created_by,
     )
-    row_bytes = (tokens * tokenizer.bits // 8) // np.maximum(rows, 1) + 1
     return TokenIndex(
         info=info,
         files=table["file"],
@@ -209,5 +210,12 @@ def _build(storage: Storage, job: Job, table: pa.Table, *, manifest_sha256: str,
         file_bytes=table["bytes"].to_numpy(),
         first_unit=first_unit,
         unit_rows=unit_rows,
-        unit_bytes=unit_rows * np.repeat(row_bytes, counts),
+        row_bytes=(tokens * tokenizer.bits // 8) // np.maximum(rows, 1) + 1,
     )
+
+
+def sums_before(counts: npt.NDArray[Any]) -> Numbers:
+    """Of each number the sum of those before it, and last the sum of all: int64 [n + 1]."""
+    sums = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=sums[1:])
+    return sums

@@ -18,7 +18,7 @@ MAX_HEADER_BYTES = 1 << 16
 
 _DATA_PAGE, _DATA_PAGE_V2 = 0, 3
 _PLAIN = 0
-_LEVELS = {3, 4}
+_LEVELS = (3, 4)
 """Encodings of levels: RLE, BIT_PACKED."""
 _BOOL_TRUE, _BOOL_FALSE, _I32, _I64, _BINARY, _STRUCT = 1, 2, 5, 6, 8, 12
 _MAX_DEPTH = 8

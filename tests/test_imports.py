@@ -107,6 +107,16 @@ def test_a_package_loads_within_a_second_of_torch_and_without_ray(package):
     assert float(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT)) < 1.0
 
 
+@pytest.mark.parametrize("name", ["TokenDataset", "TokenLoader", "Mixture", "SequenceFormat", "Pack"])
+def test_a_trainer_loads_tokens_without_decoders(name):
+    loaded = modules_after(f"from pipeline import {name}")
+    assert not {"av", "simplejpeg", "PIL", "webdataset", "ray", "typer", "boto3"} & loaded
+
+
+def test_the_package_itself_loads_nothing():
+    assert not {"torch", "numpy", "pyarrow", "pipeline.loader"} & modules_after("import pipeline")
+
+
 def test_the_tokenizer_loads_without_what_a_gpu_machine_may_lack():
     blocked = "import sys; sys.modules.update(dict.fromkeys(['pydantic', 'pyarrow', 'av', 'fsspec', 'yaml', 'ray']))"
     assert "tokenizer.bsqvit" in modules_after(f"{blocked}\nimport tokenizer.bsqvit, tokenizer.checkpoint")

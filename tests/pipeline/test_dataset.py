@@ -342,3 +342,18 @@ def test_the_writer_of_these_tests_packs_as_the_project_does(images):
 
     for row in images.rows[:20]:
         assert pack_indices(images.indices(row).reshape(1, -1), 18).tobytes() == row.tokens
+
+
+def test_a_manifest_of_many_files_opens_without_opening_one(tmp_path):
+    """The path that `benchmarks.loading` takes with a million files, here with twenty thousand."""
+    from benchmarks.loading import open_in_a_fresh_process, write_simulated_manifest
+
+    write_simulated_manifest(tmp_path, 20_000)
+    found = open_in_a_fresh_process(tmp_path)
+    assert found["samples"] == 200_000_000 and found["windows"] > 6000
+    # A million files may take 1 GB: 50 times what these take, beside the imports.
+    assert found["opened_mb"] - found["imports_mb"] < 100
+    assert not (tmp_path / "tokens").exists()
+    dataset = TokenDataset(tmp_path)
+    plan = dataset.plan_epoch(1, 2, shuffle=True, window_rows=32_768)
+    assert sorted(plan.units.tolist()) == list(range(200_000))

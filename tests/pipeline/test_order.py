@@ -13,6 +13,7 @@ from pipeline.order import (
     row_order,
     splitmix64,
     stream_key,
+    unit_costs,
     unit_order,
 )
 
@@ -81,7 +82,8 @@ def test_windows_cover_every_sample_once_and_keep_their_bounds(units, max_rows, 
     rows = np.array([rows for rows, _ in units], np.int64)
     samples = np.minimum(rows, [samples for _, samples in units])
     num_bytes = rows * 30
-    plan = plan_windows(np.arange(len(units))[::-1], samples, rows, num_bytes, max_rows, max_bytes)
+    costs = unit_costs(rows, np.full(len(rows), 30), max_rows, max_bytes)
+    plan = plan_windows(np.arange(len(units))[::-1], samples, costs)
     assert plan.units.tolist() == [unit for unit in range(len(units))[::-1] if samples[unit]]
     assert plan.first_sample[-1] == samples.sum()
     for number in range(plan.num_windows):

@@ -221,7 +221,7 @@ def rows_ragged(file, unit, row_bytes):
 
 OCTETS = st.integers(0, 255)
 FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-LONG_FUZZ = settings(max_examples=5000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+LONG_FUZZ = settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 HEADER_CHANGES = st.lists(
     st.tuples(st.integers(PLACES[0].offset, PLACES[0].offset + HEADER_BYTES + 40), OCTETS), min_size=1, max_size=4
