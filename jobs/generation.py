@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -135,8 +136,19 @@ def begin_generation(
 
 def _with_credentials(storage: Storage, kind: GenerationKind, plan: Plan, given: Iterable[str]) -> dict[int, str]:
     """The given URLs by number, of those shards whose URL in the plan is without its credentials."""
-    full = {shown: url for url in given if (shown := printable_url(url)) != url}
-    urls = {shard: full[shown] for shown, shard in plan.find(list(full)).items()} if full else {}
+    pairs = [(url, printable_url(url)) for url in given]
+    shown = [other for _, other in pairs]
+    urls: dict[int, str] = {}
+    if any(url != other for url, other in pairs):
+        planned = plan.urls()
+        if shown == planned:
+            numbers = plan.shards.tolist()
+        else:
+            # Two URLs may differ in nothing but what is hidden: then nobody can tell whose shard is whose.
+            twice = {url for names in (planned, shown) for url, count in Counter(names).items() if count > 1}
+            found = plan.find([other for other in shown if other not in twice])
+            numbers = [found.get(other, -1) for other in shown]
+        urls = {shard: url for shard, (url, other) in zip(numbers, pairs, strict=True) if shard >= 0 and url != other}
     if not urls.keys() >= set(plan.shards_with(HIDDEN)):
         raise Refused(
             f"{storage.url}: the URLs of its shards held credentials, which are not written down. Repeat the "

@@ -533,6 +533,21 @@ def test_credentials_of_urls_are_asked_for_again_and_never_written(
         assert path.is_dir() or b"s3cr3t" not in path.read_bytes(), path
 
 
+def test_shards_whose_urls_differ_only_in_what_is_hidden_are_never_mistaken_for_each_other(
+    tmp_path: Path, small_shards: list[Path], web_folder: tuple[Path, str]
+) -> None:
+    folder, url = web_folder
+    twins = [f"{url}/get.tar?file={name}" for name in "ab"]
+    out = tmp_path / "out"
+    tokenize([*twins, small_shards[0]], out)
+    with pytest.raises(Refused, match="full URLs"):
+        retry(out, "retry", shards=[twins[1]])
+    # In the plan's own order there is no doubt.
+    shutil.copy(small_shards[1], folder / "get.tar")
+    assert retry(out, "retry", shards=twins).exit_code == 0
+    assert {row["shard"] for row in all_rows(out)} == {0, 1, 2}
+
+
 def test_status_names_the_first_of_what_failed_and_how_to_try_again(tmp_path: Path, small_shards: list[Path]) -> None:
     out = tmp_path / "out"
     tokenize([small_shards[0], tmp_path / "gone.tar"], out, limits={"max_pixels": 64})
