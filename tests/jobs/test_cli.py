@@ -19,8 +19,8 @@ from schemas.errors import LeaseHeld, SpecError
 from schemas.lease import Progress
 
 ROOT = Path(jobs.cli.__file__).parents[1]
-COMMANDS = ["tokenize", "resume", "retry", "status", "verify", "inspect", "reconstruct", "import-checkpoint", "train",
-            "evaluate", "demo"]  # fmt: skip
+COMMANDS = ["tokenize", "resume", "retry", "status", "verify", "inspect", "report", "reconstruct", "import-checkpoint",
+            "train", "evaluate", "demo"]  # fmt: skip
 
 
 @pytest.fixture
@@ -68,6 +68,14 @@ def test_help_names_every_command(capsys):
     text = capsys.readouterr().out
     for command in COMMANDS:
         assert f" {command} " in text
+
+
+def test_help_lists_commands_in_the_order_in_which_they_are_needed(capsys):
+    run(["--help"])
+    text = capsys.readouterr().out
+    order = ["demo", "tokenize", "resume", "plan", "status", "inspect", "report", "verify", "export", "train", "submit"]
+    places = [re.search(rf"^. {command} ", text, re.MULTILINE).start() for command in order]  # type: ignore[union-attr]
+    assert places == sorted(places)
 
 
 def test_help_of_a_spec_option_is_the_docstring_of_its_field(capsys, monkeypatch):
