@@ -61,6 +61,7 @@ def test_samples_that_abort_their_process_become_failures_and_all_others_are_tok
     assert f"shard 0, key '{KEYS[3]}': WorkerCrash" in status and KEYS[9] in status
 
 
+@pytest.mark.long
 def test_decoding_in_children_from_the_start_gives_the_same_files_without_losing_a_worker(
     poisoned: list[Path], tmp_path: Path, bsq: RunBsq
 ) -> None:
@@ -78,6 +79,7 @@ def test_decoding_in_children_from_the_start_gives_the_same_files_without_losing
     assert ledger(tmp_path / "threads").failed_attempts != {}
 
 
+@pytest.mark.long
 def test_suspicion_outlives_a_driver_that_is_killed(
     poisoned: list[Path], tmp_path: Path, bsq: RunBsq, start: StartJob
 ) -> None:

@@ -140,6 +140,7 @@ def test_errors_broken_bodies_and_lost_answers_cost_requests_and_nothing_else(
     assert not (folder / "lease.json").exists()
 
 
+@pytest.mark.long
 def test_repeated_requests_for_a_source_are_recorded(
     shards: list[Path], object_store: ObjectStore, faulty_store: tuple[ObjectStore, Faults], tmp_path: Path, bsq: RunBsq
 ) -> None:
@@ -207,6 +208,7 @@ def test_slow_reads_take_their_time(
     assert read_ledger(Storage(str(out)), 0).failed_attempts == {}
 
 
+@pytest.mark.long
 def test_a_store_that_takes_nothing_any_more_stops_the_job_in_one_line_with_nothing_half_written(
     shards: list[Path],
     local_out: Path,
@@ -286,6 +288,7 @@ sys.exit(subprocess.run(command).returncode)
 """
 
 
+@pytest.mark.long
 def test_an_output_that_became_read_only_is_told_in_one_line_and_left_as_it_is(
     shards: list[Path], local_out: Path, tmp_path: Path, bsq: RunBsq, start: StartJob
 ) -> None:

@@ -55,6 +55,7 @@ def cluster(markers: Path) -> Iterator[Any]:
         cluster.shutdown()
 
 
+@pytest.mark.long
 def test_a_node_that_joins_gets_work_and_one_that_dies_costs_no_attempt(
     cluster: Any, markers: Path, small_shards: list[Path], local_files: dict[str, str], tmp_path: Path, start: StartJob
 ) -> None:

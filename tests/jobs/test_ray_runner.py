@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dataset_files import read_ledger, read_manifest
@@ -62,6 +63,21 @@ def test_an_actor_that_is_killed_with_shards_in_flight_while_another_commits_cos
     assert not storage.exists("lease.json")
     verified = bsq("verify", out, *options)
     assert verified.returncode == 0, verified.stdout + verified.stderr
+
+
+@pytest.mark.long
+def test_a_sample_that_aborts_its_actor_costs_itself(small_shards: list[Path], tmp_path: Path, bsq: RunBsq) -> None:
+    out = tmp_path / "out"
+    fault = {"BSQTOK_DECODE_FAULT": "abort:000003,hang:000105"}
+    limits = ["--set", "limits.decode_timeout_seconds=1", "--max-failed-fraction", 0.5]
+    job = bsq("tokenize", *small_shards[:2], "--out", out, *STUB, *limits, env=fault, timeout=300)
+    assert job.returncode == 0, job.stderr
+    tables = sorted((out / "failures").rglob("*.parquet"))
+    rows = [row for path in tables for row in pq.read_table(path).to_pylist()]
+    assert [(row["key"], row["error"]) for row in rows] == [("000003", "WorkerCrash"), ("000105", "DecodeTimeout")]
+    ledger = read_ledger(Storage(str(out)), 0)
+    assert sum(commit.rows for commit in ledger.commits.values()) == 14
+    assert ledger.totals.poison == 2
 
 
 def test_a_driver_on_ray_that_is_killed_leaves_no_process_and_its_job_goes_on(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +21,7 @@ from pipeline.queues import Stopped
 from pipeline.sample import ClipView, Member
 from schemas.errors import DecodeTimeout, SampleError, WorkerCrash
 from schemas.jobspec import ClipSpec, LimitsSpec, PreprocessSpec
-from tests.tiny_corpus import jpeg, mp4
+from tests.tiny_corpus import bsq_environment, jpeg, mp4
 
 PREPROCESS = PreprocessSpec(size=32, crop="random", views=2, flip=0.5)
 CLIPS = ClipSpec(clip_frames=4, stride=4)
@@ -103,7 +105,7 @@ def test_a_sample_that_crashes_its_child_twice_is_told_and_the_next_is_decoded(
     assert len(views) == 2 and error is None
 
 
-@pytest.mark.parametrize("fault", ["hang", "freeze"])
+@pytest.mark.parametrize("fault", [pytest.param("hang", marks=pytest.mark.long), "freeze"])
 def test_a_sample_that_hangs_is_killed_after_its_time(pool: Pool, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     monkeypatch.setenv("BSQTOK_DECODE_FAULT", f"{fault}:endless")
     apart = pool(timeout=0.5)
@@ -129,6 +131,7 @@ def test_a_child_that_is_killed_from_outside_costs_nothing(pool: Pool) -> None:
     assert rest[1:] == expected[4:], "what came after is decoded again, and the same"
 
 
+@pytest.mark.long
 def test_children_are_shared_by_threads_and_never_more_than_allowed(pool: Pool) -> None:
     apart = pool(most=2)
     picture = media("photo.jpg", jpeg(5))
@@ -141,6 +144,7 @@ def test_children_are_shared_by_threads_and_never_more_than_allowed(pool: Pool) 
     assert children() == set()
 
 
+@pytest.mark.long
 def test_a_worker_that_stops_waits_for_no_child(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BSQTOK_DECODE_FAULT", "hang:endless")
     stop = threading.Event()
@@ -151,12 +155,8 @@ def test_a_worker_that_stops_waits_for_no_child(pool: Pool, monkeypatch: pytest.
     assert children() == set()
 
 
-def test_a_child_that_hangs_ends_with_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import subprocess
-    import sys
-
-    from tests.tiny_corpus import bsq_environment
-
+@pytest.mark.long
+def test_a_child_that_hangs_ends_with_its_parent() -> None:
     code = """
 import threading, sys
 from pipeline.decoder_process import DecoderProcesses

@@ -93,12 +93,12 @@ from pipeline.encode import CpuEncoder
 from tokenizer import from_pretrained
 torch.set_num_threads(1)
 model = from_pretrained("untrained:vit-tiny-32-l18")
-frames = torch.randint(0, 256, (4096, 1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+frames = torch.randint(0, 256, (2048, 1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 encoder = CpuEncoder(model, 1)
 expected = torch.cat([torch.from_numpy(encoder.submit(part, 64).wait().packed) for part in frames.split(64)])
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (48 << 20), resource.getrlimit(resource.RLIMIT_AS)[1]))
-packed = encoder.submit(frames, 4096).wait().packed
+resource.setrlimit(resource.RLIMIT_AS, (used + (24 << 20), resource.getrlimit(resource.RLIMIT_AS)[1]))
+packed = encoder.submit(frames, 2048).wait().packed
 assert (torch.from_numpy(packed) == expected).all()
 print(encoder._limits._most)
 """
@@ -109,4 +109,4 @@ def test_a_real_limit_of_memory_is_met_with_smaller_batches() -> None:
         [sys.executable, "-c", REAL_LIMIT], capture_output=True, text=True, env=bsq_environment(), check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("{1: ") and int(done.stdout.split()[1].rstrip("}\n")) < 4096
+    assert done.stdout.startswith("{1: ") and int(done.stdout.split()[1].rstrip("}\n")) < 2048
