@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from schemas.ledger import Commit
 from schemas.tokenfile import FORMAT_VERSION
 
-CHUNK_ROWS = 10_000
+CHUNK_ROWS = 1000
 
 MANIFEST_SCHEMA = pa.schema(
     [
