@@ -8,7 +8,6 @@ Shape letters: B rows of this rank, T frames, H W the grid, L bits, G groups, O 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Iterator, Mapping
 from typing import Any, Literal, get_args
 
@@ -23,6 +22,7 @@ from pipeline.loader_state import STATE_VERSION, Position, check_size, read_posi
 from pipeline.mixture import Mixture
 from pipeline.order import ORDER_VERSION, drop_hashes
 from pipeline.packing import Pack, read_cursors
+from pipeline.ranks import find_rank
 from pipeline.row_blocks import Buffers, Outputs, RowBlock, column_values
 from pipeline.sample_stream import DatasetStream, MixtureStream, SampleStream, StreamOptions
 from pipeline.sequence import SequenceFormat
@@ -93,7 +93,7 @@ class TokenLoader(IterableDataset[Batch]):
         Raises SpecError."""
         self._mixture = source if isinstance(source, Mixture) else None
         self.datasets = (source,) if isinstance(source, TokenDataset) else source.datasets
-        self.rank, self.world_size = _find_rank(rank, world_size)
+        self.rank, self.world_size = find_rank(rank, world_size)
         if tail is None:
             tail = "drop" if pack is None else "carry"
         if tail not in get_args(Tail):
@@ -232,14 +232,22 @@ class TokenLoader(IterableDataset[Batch]):
             for batch, position in batches:
                 if self._iteration != iteration:
                     raise BsqError("the loader was iterated again, or moved, while this iteration went on. Use one.")
+                if batch is None:
+                    self._end_pass(position)
+                    return
                 self._position = position
                 self._skip = None if worker is None else stride - 1
                 yield self._pinned(batch)
         finally:
             batches.close()
-        # A worker stays at the end, for its process may be told to begin the next pass by the state it had there.
-        if worker is None and self._iteration == iteration:
-            self._position = self._next_epoch(self._position)
+
+    def _end_pass(self, following: Position) -> None:
+        """The epoch is over, and the next one begins at `following`."""
+        if get_worker_info() is None:
+            self._position = following
+        else:
+            # A worker stays where it is: a state that is taken now must not begin an epoch that its siblings end.
+            self._passes.end(following)
 
     def _enter_pass(self) -> None:
         """In a worker: find out which epoch this pass over the DataLoader is."""
@@ -250,8 +258,12 @@ class TokenLoader(IterableDataset[Batch]):
             self._position = entered
             self._skip = worker.id
 
-    def _batches(self, position: Position, skip: int, stride: int) -> Generator[tuple[Batch, Position], None, None]:
-        """Batches from `position` on and where each leaves the loader: after `skip` of them every `stride`-th."""
+    def _batches(
+        self, position: Position, skip: int, stride: int
+    ) -> Generator[tuple[Batch | None, Position], None, None]:
+        """Batches from `position` on and where each leaves the loader: after `skip` of them every `stride`-th.
+
+        At the end of an epoch that is not repeated: None, and where the next one begins."""
         stream = self._open_stream()
         packs: PackedStream | None = None
         if self._pack is not None and self._format is not None and position.lanes is not None:
@@ -261,9 +273,10 @@ class TokenLoader(IterableDataset[Batch]):
         try:
             while True:
                 if self._is_over(position, packs):
+                    position = Position(position.epoch + 1, 0, position.lanes)
                     if not self._repeat:
+                        yield None, position
                         return
-                    position = self._next_epoch(position)
                     continue
                 after = Position(position.epoch, position.step + 1)
                 if packs is not None:
@@ -369,9 +382,6 @@ class TokenLoader(IterableDataset[Batch]):
         steps = self._steps_in(position.epoch)
         return steps is not None and position.step >= steps
 
-    def _next_epoch(self, position: Position) -> Position:
-        return Position(position.epoch + 1, 0, position.lanes)
-
     def _beginning_of(self, epoch: int) -> Position:
         if self._pack is None:
             return Position(epoch, 0)
@@ -446,17 +456,3 @@ def _drop(batch: Batch, dropped: npt.NDArray[np.bool_], null_label: int) -> None
         batch["label"][dropped] = null_label
     if "caption" in batch:
         batch["caption"] = [None if drop else text for text, drop in zip(batch["caption"], dropped, strict=True)]
-
-
-def _find_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    if (rank is None) != (world_size is None):
-        raise SpecError("give both rank and world_size, or neither.")
-    if rank is None or world_size is None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        else:
-            # torchrun sets both before the process group exists.
-            rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if not 0 <= rank < world_size:
-        raise SpecError(f"rank is {rank} and world_size {world_size}; ranks go from 0 to world_size - 1.")
-    return rank, world_size

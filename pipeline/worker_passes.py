@@ -28,11 +28,13 @@ class WorkerPasses:
         self._marks = _shared(2, torch.int64)
         """How often the position was set, and the pass that began last with its epoch (0: none since then)."""
         self._position = _shared(_POSITION_BYTES, torch.uint8)
+        self._following = _shared(_POSITION_BYTES, torch.uint8)
+        """Where the epoch after the one that ended last begins; all workers write the same."""
         self._seen = 0
         self._passes = 0
         self._entered = 0
         self._loaded = 0
-        self._write(position)
+        _write(self._position, position)
 
     def were_begun(self) -> bool:
         """Whether workers began a pass since the position was last set."""
@@ -40,7 +42,7 @@ class WorkerPasses:
 
     def set_position(self, position: Position) -> None:
         """In the main process: workers begin here."""
-        self._write(position)
+        _write(self._position, position)
         self._marks[1] = 0
         self._marks[0] += 1
         self._seen = int(self._marks[0])
@@ -64,7 +66,7 @@ class WorkerPasses:
             return None
         if self._seen != int(self._marks[0]):
             self._seen = int(self._marks[0])
-            position = self._read()
+            position = _read(self._position)
         word = int(self._marks[1])
         last_key, last_epoch = word >> _EPOCH_BITS, word & ((1 << _EPOCH_BITS) - 1)
         if not word:
@@ -74,7 +76,14 @@ class WorkerPasses:
         else:
             epoch = last_epoch + 1
         self._marks[1] = self._word(self._passes, epoch)
-        return position if epoch == position.epoch else beginning_of(epoch)
+        if epoch == position.epoch:
+            return position
+        following = _read(self._following)
+        return following if following.epoch == epoch else beginning_of(epoch)
+
+    def end(self, following: Position) -> None:
+        """In a worker: the epoch ended, and the next one begins there."""
+        _write(self._following, following)
 
     def _word(self, number: int, epoch: int) -> int:
         """One integer, so that it is written at once: a key that all workers of this pass share, and the epoch."""
@@ -83,13 +92,16 @@ class WorkerPasses:
         key = (worker.seed - worker.id + number * 0x9E3779B97F4A7C15) & _KEY_MASK
         return (key or 1) << _EPOCH_BITS | epoch
 
-    def _write(self, position: Position) -> None:
-        data = json.dumps(position.to_json_dict()).encode()
-        self._position[: len(data) + 1] = torch.tensor([*data, 0], dtype=torch.uint8)
 
-    def _read(self) -> Position:
-        place: dict[str, Any] = json.loads(bytes(self._position.tolist()).split(b"\0")[0])
-        return Position(place["epoch"], place["step"], place.get("packing"))
+def _write(memory: torch.Tensor, position: Position) -> None:
+    data = json.dumps(position.to_json_dict()).encode()
+    memory[: len(data) + 1] = torch.tensor([*data, 0], dtype=torch.uint8)
+
+
+def _read(memory: torch.Tensor) -> Position:
+    data = bytes(memory.tolist()).split(b"\0")[0]
+    place: dict[str, Any] = json.loads(data) if data else {"epoch": -1, "step": 0}
+    return Position(place["epoch"], place["step"], place.get("packing"))
 
 
 def _shared(size: int, dtype: torch.dtype) -> torch.Tensor:
