@@ -491,6 +491,11 @@ class Storage:
             yield
         except (OutputError, AssertionError):
             raise
+        except NotADirectoryError as error:
+            # What lies below a file is not there.
+            if verb in ("read", "look for"):
+                raise FileNotFoundError(error.errno, error.strerror, name) from error
+            raise self._error(verb, name, error) from error
         except (FileNotFoundError, FileExistsError) as error:
             # While reading it is an answer; while writing locally it means a folder that vanished or is a file.
             # An object store says "exists" to a condition, and "not found" when the bucket is missing.

@@ -122,7 +122,8 @@ def read_reference_config(config_yaml: AnyPath) -> BSQViTConfig:
             raise CheckpointError(f"{path}: aliases (*name) are not read; write the values out.")
         document = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {type(error).__name__}.") from error
+        reason = (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
+        raise CheckpointError(f"{path}: cannot be read: {reason}.") from error
     try:
         return _config(_section(document, "model"), _section(document, "data"), path)
     except SpecError as error:

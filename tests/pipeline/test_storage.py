@@ -331,3 +331,14 @@ def test_full_and_unwritable_are_told_apart(tmp_path, monkeypatch):
             storage.publish("a.bin", b"x")
         assert type(caught.value) is expected
     assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_what_lies_below_a_file_is_not_there_and_cannot_be_listed_or_written(tmp_path):
+    (tmp_path / "file.txt").write_bytes(b"x")
+    storage = Storage(str(tmp_path / "file.txt"))
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes("job.json")
+    assert not storage.exists("job.json")
+    for refused in (storage.entries, lambda: storage.publish("a.bin", b"x"), lambda: storage.create_only("b", b"x")):
+        with pytest.raises(OutputNotWritable):
+            refused()
