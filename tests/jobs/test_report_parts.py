@@ -19,6 +19,7 @@ from pipeline.dataset_files import read_manifest
 from pipeline.storage import Storage
 from schemas.failures import Failure
 from schemas.jobspec import parse_spec
+from schemas.ledger import StageSeconds
 from tests.tiny_corpus import jpeg, write_tar
 from tokenizer.codes import bits_to_indices
 
@@ -263,3 +264,27 @@ def test_totals_are_those_of_the_manifest_whatever_was_won_back_later(tmp_path, 
     page = (tmp_path / "r.html").read_text()
     assert "Made with the stub of tests and benchmarks, whose tokens cannot be decoded." in page
     assert "<dt>Generations</dt><dd><bdi>4</bdi></dd>" in page
+
+
+# --- what is slow
+
+
+def test_a_slow_shard_and_a_slow_worker_are_named_with_what_is_slow_about_them(write_dataset, tmp_path):
+    def timed(commit):
+        factor = 2.5 if commit.shard % 4 == 3 else 1.0
+        seconds = StageSeconds(read=0.02, decode=0.2 * factor, encode=0.3 * factor, write=0.01, wall=0.6)
+        if commit.shard == 6:
+            seconds = seconds.model_copy(update={"decode": 9.0})
+        return commit.model_copy(update={"seconds": seconds, "worker": f"node{commit.shard % 4}/gpu0"})
+
+    report = write_report(write_dataset(num_shards=20, edit_commit=timed).url, str(tmp_path / "r.html"))
+    details = {finding.title: finding.detail for finding in report.findings}
+    assert details["Shard 6 is slow"].endswith("its decode takes 45 times as long as usual.")
+    assert "2.5 times as long as the median worker, over 5 shards" in details["Worker node3/gpu0 is slow"]
+    assert [title for title in details if title.endswith("is slow")] == ["Shard 6 is slow", "Worker node3/gpu0 is slow"]
+
+
+def test_times_that_are_not_known_are_left_out(write_dataset, tmp_path):
+    report = write_report(write_dataset(num_shards=5).url, str(tmp_path / "r.html"))
+    assert not [finding for finding in report.findings if "slow" in finding.title]
+    assert "No times are recorded yet: 5 token files had been published" in (tmp_path / "r.html").read_text()
