@@ -10,11 +10,12 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from jobs.ray_runner import cluster_nodes, connect_ray
+from jobs.placement import find_nodes, place_workers
+from jobs.ray_runner import connect_ray
 from jobs.train import TrainDisplay, read_run, train_here
 from schemas.errors import BsqError, Interrupted, SpecError, printable
 from schemas.trainspec import TrainSpec
@@ -75,7 +76,7 @@ class Part:
     spec: TrainSpec
     config: TrainConfig
     folder: Path
-    storage_options: Mapping[str, Any] | None
+    storage_options: Mapping[str, Any] | None = field(repr=False)
     working_folder: str
     """Of the command; relative paths begin there, on other nodes too where they share it."""
 
@@ -98,9 +99,13 @@ def train_on_ray(
     folder = folder.absolute()
     if find_states(folder / "states") and not resume:
         raise SpecError(f"{printable(str(folder))} holds a run. Add --resume to go on, or name another folder.")
-    connect_ray(ray_address)
     try:
-        use_gpu, cpus = _room(config, workers, cpus_per_worker)
+        nodes = find_nodes(config.run.device, ray_address)
+        placement = place_workers(
+            nodes, workers=workers, cpus_per_worker=cpus_per_worker or 0, num_shards=workers, exclusive=True
+        )
+        use_gpu, cpus = placement.gpus > 0, placement.cpus_per_worker
+        connect_ray(ray_address)
         if not spec.data.decode_threads:
             spec = spec.model_copy(update={"data": spec.data.model_copy(update={"decode_threads": cpus})})
         mailbox: Any = ray.remote(Mailbox).options(num_cpus=0).remote()
@@ -126,22 +131,6 @@ def train_on_ray(
     finally:
         ray.shutdown()
     return folder / "tokenizer"
-
-
-def _room(config: TrainConfig, workers: int, cpus_per_worker: int | None) -> tuple[bool, int]:
-    """Whether processes get a GPU, and how many CPUs.  Raises SpecError where the cluster has less."""
-    nodes, device = cluster_nodes(), config.run.device
-    have_cpus, have_gpus = (sum(have) for have in zip(*nodes, strict=True))
-    use_gpu = device == "cuda" or (device == "auto" and have_gpus >= workers)
-    for cpus in [cpus_per_worker] if cpus_per_worker else range(max(1, have_cpus // workers), 0, -1):
-        places = sum(min(node_cpus // cpus, node_gpus if use_gpu else node_cpus) for node_cpus, node_gpus in nodes)
-        if places >= workers:
-            return use_gpu, cpus
-    raise SpecError(
-        f"{workers} training processes of {cpus_per_worker or 1} CPU{' and one GPU' * use_gpu} each were asked for, "
-        f"but the Ray cluster has {have_gpus} GPU and {have_cpus} CPU on {len(nodes)} nodes. Ask for fewer with "
-        "--ray-workers or --cpus-per-worker."
-    )
 
 
 def _train_part(settings: dict[str, Any]) -> None:

@@ -142,7 +142,8 @@ def evaluate(
         str, typer.Argument(metavar="TOKENIZER", help="Name, folder or URL of a tokenizer.", show_default=False)
     ],
     shards: Annotated[
-        list[str], typer.Argument(metavar="SHARDS...", help="Shards whose pictures and clips are measured on.")
+        list[str],
+        typer.Argument(metavar="SHARDS", help="Shards whose pictures and clips are measured on.", show_default=False),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the report and pictures.")] = Path(
         "evaluation"
@@ -185,14 +186,22 @@ def evaluate(
     ] = "auto",
     lpips: Annotated[
         Path | None,
-        typer.Option("--lpips", metavar="DIR", help="VGG-16 and LPIPS weights.", rich_help_panel=FEATURES),
+        typer.Option(
+            "--lpips", metavar="DIR", help="Folder of VGG-16 and LPIPS weights, for LPIPS.", rich_help_panel=FEATURES
+        ),
     ] = None,
     inception: Annotated[
         Path | None,
-        typer.Option("--inception", metavar="FILE", help="For rFID of pictures.", rich_help_panel=FEATURES),
+        typer.Option(
+            "--inception",
+            metavar="FILE",
+            help="Weights of the FID Inception network, for rFID of pictures.",
+            rich_help_panel=FEATURES,
+        ),
     ] = None,
     i3d: Annotated[
-        Path | None, typer.Option("--i3d", metavar="FILE", help="For rFVD of clips.", rich_help_panel=FEATURES)
+        Path | None,
+        typer.Option("--i3d", metavar="FILE", help="Weights of I3D, for rFVD of clips.", rich_help_panel=FEATURES),
     ] = None,
     storage_option: StorageOptions = None,
 ) -> None:

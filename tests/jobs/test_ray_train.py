@@ -16,7 +16,7 @@ from tests.tiny_corpus import BSQ, bsq_environment
 from tests.tiny_training import logged_losses, write_train_file
 from tokenizer.train_state import find_states, load_state
 
-SECONDS = 300
+SECONDS = 600
 """For a cluster to start and a run to end, on a machine that does other things."""
 
 
@@ -28,15 +28,28 @@ def write(folder, shards, steps):
     return path
 
 
-def command(folder, *arguments):
-    return subprocess.Popen(
-        [*BSQ, "train", "train.yaml", "--ray-workers", "2", "--cpus-per-worker", "1", *arguments],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=bsq_environment(),
-        cwd=folder,
-    )
+@pytest.fixture
+def command():
+    """Starts `bsq train` with two processes; what is left of it is killed after the test."""
+    started = []
+
+    def start(folder, *arguments):
+        process = subprocess.Popen(
+            [*BSQ, "train", "train.yaml", "--ray-workers", "2", "--cpus-per-worker", "1", *arguments],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=bsq_environment(),
+            cwd=folder,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 def end(process):
@@ -67,7 +80,7 @@ needs_two_cpus = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="ne
 
 
 @needs_two_cpus
-def test_two_processes_train_as_under_torchrun(tmp_path, small_shards):
+def test_two_processes_train_as_under_torchrun(tmp_path, small_shards, command):
     folders = [tmp_path / name for name in ("ray", "torchrun")]
     for folder in folders:
         folder.mkdir()
@@ -90,7 +103,9 @@ def test_two_processes_train_as_under_torchrun(tmp_path, small_shards):
 @needs_two_cpus
 @pytest.mark.long
 @pytest.mark.parametrize("what", ["signal", "worker"])
-def test_a_run_goes_on_after_a_signal_to_the_command_and_after_a_process_was_killed(tmp_path, small_shards, what):
+def test_a_run_goes_on_after_a_signal_to_the_command_and_after_a_process_was_killed(
+    tmp_path, small_shards, command, what
+):
     write(tmp_path, small_shards, 100_000)
     process = command(tmp_path)
     log = tmp_path / "run" / "log.jsonl"
@@ -127,7 +142,10 @@ def test_a_run_goes_on_after_a_signal_to_the_command_and_after_a_process_was_kil
 def test_what_cannot_be_is_one_line_before_anything_is_written(tmp_path, small_shards, bsq):
     write(tmp_path, small_shards, 4)
     done = bsq("train", "train.yaml", "--ray-workers", 500, cwd=tmp_path, timeout=SECONDS)
-    assert done.returncode == 2 and "500 training processes of 1 CPU each were asked for" in done.stderr
+    assert (
+        done.returncode == 2
+        and "500 workers of 0 GPU and 1 CPU each were asked for, but there is room for" in done.stderr
+    )
     assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
 
 

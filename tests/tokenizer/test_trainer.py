@@ -159,6 +159,19 @@ def test_recomputed_activations_give_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.long
+def test_compiled_code_learns_the_same(tmp_path):
+    """Of pictures and of clips, with a discriminator and its penalty."""
+    curves = []
+    for compiled in (False, True):
+        config = settings("no-lpips", **FULL, run={"compile": compiled})
+        train(config, tmp_path / str(compiled))
+        curves.append(losses(tmp_path / str(compiled)))
+    assert len(curves[0]) == 6
+    for plain, fast in zip(*curves, strict=True):
+        assert fast == pytest.approx(plain, rel=1e-3)
+
+
 def test_under_bf16_the_quantizer_stays_in_fp32_and_training_works(tmp_path):
     config = settings(run={"dtype": "bfloat16"}, optimizer={"steps": 2})
     model = starting_model(config, CPU)
