@@ -50,6 +50,8 @@ DECODE_GRACE_SHARE, DECODE_GRACE_SECONDS = 0.25, 5.0
 """Given beyond the time limit of a sample, in which a decoder that still looks at the clock ends by itself."""
 DRAIN_SECONDS = 20.0
 WAIT_SECONDS = 0.25
+WATCH_SECONDS = 0.25
+"""Between two looks at what the threads of a worker do: shards may come in faster than that."""
 
 
 @dataclass(slots=True)
@@ -60,6 +62,7 @@ class _Slot:
     in_flight: dict[int, Assignment] = field(default_factory=dict)
     last_progress: int = -1
     last_change: float = field(default_factory=time.monotonic)
+    watched: float = 0.0
     broken: str = ""
     """What the worker said before it was given up."""
 
@@ -204,6 +207,9 @@ class Driver:
     def _watch(self, number: int, now: float) -> None:
         """Kill a worker that decodes one sample for too long, or makes no progress at all."""
         slot = self._slots[number]
+        if now - slot.watched < WATCH_SECONDS:
+            return
+        slot.watched = now
         activities = slot.handle.activities()
         overdue = {name: item for name, item in activities.items() if self._is_overdue(item)}
         if overdue and slot.in_flight:

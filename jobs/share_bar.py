@@ -47,7 +47,8 @@ class ShareBar:
         from rich.text import Text
 
         table = Table.grid(padding=(0, 2))
-        table.add_row(ProgressBar(total=1.0, completed=share, width=BAR_WIDTH), Text(words, no_wrap=True, overflow="ellipsis"))
+        bar = ProgressBar(total=1.0, completed=share, width=BAR_WIDTH)
+        table.add_row(bar, Text(words, no_wrap=True, overflow="ellipsis"))
         self._draw(table)
 
     def tell(self, line: str) -> None:

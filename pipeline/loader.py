@@ -268,7 +268,7 @@ class TokenLoader(IterableDataset[Batch]):
         packs: PackedStream | None = None
         if self._pack is not None and self._format is not None and position.lanes is not None:
             packs = PackedStream(
-                stream, self._format, self._pack, self._tokenize, self.datasets[0].view, self.seed, position.lanes
+                stream, self._format, self._pack, self._tokenize, self._view, self.seed, position.lanes
             )
         try:
             while True:
@@ -310,7 +310,7 @@ class TokenLoader(IterableDataset[Batch]):
         dropped = None
         if self._format is not None:
             dropped = self._format.dropped(drop_hashes(self.seed, positions)) if self._format.drop else None
-            batch = sequence_batch(block, self._format, self._tokenize, self.datasets[0].view, dropped)
+            batch = sequence_batch(block, self._format, self._tokenize, self._view, dropped)
         else:
             batch[self._view.name] = self._view.decode(self._widened(block), self._max_frames, self._outputs)
             if self._label_drop:

@@ -167,8 +167,8 @@ def _read_tensors(path: Path, trunk: str) -> dict[str, Tensor]:
 
     if not path.is_file():
         raise CheckpointError(
-            f"{printable(str(path))}: LPIPS needs this file, which is not there, and nothing is fetched. Put {trunk} and "
-            "its heads into that folder (docs/training.md says how), or train with the recipe no-lpips."
+            f"{printable(str(path))}: LPIPS needs this file, which is not there, and nothing is fetched. Put {trunk} "
+            "and its heads into that folder (docs/training.md says how), or train with the recipe no-lpips."
         )
     try:
         return load_file(path)

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 
 from pipeline.decode import Decoder
 from pipeline.decoder_process import DecoderProcesses

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import TokenDataset, TokenLoader
+from pipeline import Pack, SequenceFormat, TokenDataset, TokenLoader
 from pipeline.sample_stream import DatasetStream
 from schemas.errors import BsqError, SpecError
 from tests.token_datasets import TokenDatasetWriter
@@ -240,6 +240,18 @@ def test_other_views_hold_the_same_batches(clips, view):
         else:
             weights = 1 << torch.arange(17, -1, -1)
             assert torch.equal((shown["bits"] * weights).sum(-1), batch["index"])
+
+
+def test_sequences_do_not_depend_on_how_tokens_are_shown(clips):
+    form = SequenceFormat(bos=0, eof=1, id_offset=10)
+    for options in ({}, {"pack": Pack(seq_len=40, lanes=4)}):
+        batches = [
+            next(iter(TokenLoader(TokenDataset(clips.url, view=view), 16, window=64, format=form, **options)))
+            for view in ("index", "packed", "bits")
+        ]
+        assert all(torch.equal(batch["ids"], batches[0]["ids"]) for batch in batches)
+    ids, lengths = batches[0]["ids"], batches[0]["cu_seqlens"].diff()
+    assert ids.shape == (16, 40) and lengths.sum() == 16 * 40
 
 
 def test_latin_views_show_every_view_once(clips):

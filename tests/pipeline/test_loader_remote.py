@@ -59,13 +59,14 @@ def test_random_access_reads_single_rows(object_store):
         assert (sample["index"].numpy() == writer.indices(writer.rows[number])).all()
 
 
-def test_workers_of_a_dataloader_read_an_object_store(remote):
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
+def test_workers_of_a_dataloader_read_an_object_store(remote, method):
     dataset = open_remote(remote, columns=["key"])
     dataset[0]  # a connection that the workers must not use
     loader = TokenLoader(dataset, 8, window=24)
     expected = rows_of(loader)
     loader.set_epoch(0)
-    found = torch.utils.data.DataLoader(loader, batch_size=None, num_workers=2, multiprocessing_context="spawn")
+    found = torch.utils.data.DataLoader(loader, batch_size=None, num_workers=2, multiprocessing_context=method)
     assert rows_of(found) == expected
 
 

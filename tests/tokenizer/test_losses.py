@@ -129,9 +129,7 @@ def write_lpips(folder, generator):
 
 
 def test_lpips_loads_local_weights_and_refuses_in_one_line_without_them(tmp_path, generator):
-    with pytest.raises(
-        CheckpointError, match=r"vgg16.safetensors: LPIPS needs this file.*no-lpips"
-    ) as refusal:
+    with pytest.raises(CheckpointError, match=r"vgg16.safetensors: LPIPS needs this file.*no-lpips") as refusal:
         Perceptual(tmp_path)
     assert "\n" not in str(refusal.value)
     write_lpips(tmp_path, generator)
