@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from jobs.runner import Death
 from pipeline.activities import ActivityBoard, board_bytes
+from pipeline.allocator import huge_pages_in_children
 from pipeline.messages import Activity, Assignment, Heartbeat, Message, WorkerBroken, WorkerSetup
 from pipeline.worker import ShardWorker
 from schemas.errors import BsqError
@@ -67,7 +68,7 @@ class _Child:
         self._process: SpawnProcess = context.Process(
             target=_run_child, args=(setup, theirs, log_path, self._memory.path), name=setup.name, daemon=True
         )
-        with _blocking_interrupts():
+        with _blocking_interrupts(), huge_pages_in_children():
             self._process.start()
         theirs.close()
         self._heartbeat: Heartbeat | None = None

@@ -17,6 +17,7 @@ from typing import Any
 from jobs.local_runner import DRAIN_SECONDS, HEARTBEAT_SECONDS, log_to
 from jobs.placement import Node, count_workers, host_cpus
 from jobs.runner import Death
+from pipeline.allocator import huge_pages_in_children
 from pipeline.messages import Activity, Assignment, Heartbeat, Message, WorkerBroken, WorkerSetup
 from pipeline.worker import ShardWorker
 from schemas.errors import BsqError, SpecError
@@ -221,14 +222,15 @@ def connect_ray(address: str | None) -> None:
         os.environ.pop("RAY_ADDRESS", None)
     try:
         _knock(address or "")
-        ray.init(
-            address=address or "local",
-            include_dashboard=False if address is None else None,
-            num_cpus=host_cpus() if address is None else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=True,
-        )
+        with huge_pages_in_children():
+            ray.init(
+                address=address or "local",
+                include_dashboard=False if address is None else None,
+                num_cpus=host_cpus() if address is None else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=True,
+            )
     except (OSError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at {address}" if address else "Ray on this host"
         raise SpecError(

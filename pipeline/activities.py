@@ -16,6 +16,7 @@ SLOT_BYTES = 1024
 """Room for one thread; a longer key is cut."""
 SPARE_SLOTS = 8
 _HEAD = struct.Struct("<Hd")
+_TEXT_BYTES = SLOT_BYTES - _HEAD.size
 _SEPARATOR = "\0"
 
 
@@ -40,11 +41,12 @@ class ActivityBoard:
             start = self._new_slot(thread)
             if start < 0:
                 return
-        text = _SEPARATOR.join((thread, stage, str(shard), key)).encode("utf-8", "replace")
-        text = text[: SLOT_BYTES - _HEAD.size]
+        text = f"{thread}{_SEPARATOR}{stage}{_SEPARATOR}{shard}{_SEPARATOR}{key}".encode("utf-8", "replace")
+        text = text[:_TEXT_BYTES]
         # A reader that comes in between must find nothing rather than half of it.
         self._memory[start : start + 2] = b"\0\0"
-        self._memory[start + _HEAD.size : start + _HEAD.size + len(text)] = text
+        start_of_text = start + _HEAD.size
+        self._memory[start_of_text : start_of_text + len(text)] = text
         _HEAD.pack_into(self._memory, start, len(text), time.monotonic())
 
     def end(self, thread: str) -> None:

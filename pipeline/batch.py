@@ -25,10 +25,15 @@ class Batch:
     rows: list[Row] = field(default_factory=list)
     num_copied: int = 0
     closed: bool = False
+    places: tuple[torch.Tensor, ...] = ()
+    """The block cut into its rows once: each cut would let go of the interpreter's lock."""
+
+    def __post_init__(self) -> None:
+        self.places = self.frames_BTCHW.unbind()
 
     @property
     def capacity(self) -> int:
-        return self.frames_BTCHW.shape[0]
+        return len(self.places)
 
 
 class Batcher:
@@ -68,7 +73,7 @@ class Batcher:
         began = time.monotonic()
         row.spoiled = True
         try:
-            view.write_to(batch.frames_BTCHW[place])
+            view.write_to(batch.places[place])
             row.spoiled = False
         finally:
             with self._changed:

@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Larger payloads go past this buffer, straight from the page cache; a larger buffer only copies more of them twice.
-BUFFER_BYTES = 128 << 10
+# Every read of a file lets go of the interpreter's lock, and the reader then queues for it behind the decoders; a
+# second copy of small payloads out of this buffer costs less.  Larger ones go past it.
+BUFFER_BYTES = 4 << 20
 
 SKIP_BYTES = 1 << 20
 

@@ -145,25 +145,27 @@ def resize_box(
     size: tuple[int, int],
     filter: Filter,
     engine: Engine,
-    out_CHW: torch.Tensor | None = None,
+    out_1CHW: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return one box of a stored frame resized to exactly `size` (width, height), antialiased.
 
-    Nothing outside of the box is looked at.  Returns uint8 [3, height, width], planar: `out_CHW`, where it is given."""
+    Nothing outside of the box is looked at.  Returns uint8 [3, height, width], planar; where `out_1CHW` is given, that,
+    filled: uint8 [1, 3, height, width]."""
     width, height = size
     region_HWC = pixels_HWC[box.y : box.y + box.height, box.x : box.x + box.width]
     if engine == "pillow":
         resized = Image.fromarray(region_HWC).resize((width, height), _PILLOW_FILTERS[filter])
         frame_CHW = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
-        return frame_CHW.contiguous() if out_CHW is None else out_CHW.copy_(frame_CHW)
+        return frame_CHW.contiguous() if out_1CHW is None else out_1CHW.copy_(frame_CHW)
     # Interleaved pixels seen as channels-last take torch's fast path, and the result is planar.
-    region_1CHW = torch.from_numpy(region_HWC).permute(2, 0, 1).unsqueeze(0)
-    if out_CHW is None:
+    # The axes are turned in numpy, whose views, unlike torch's, never let go of the interpreter's lock.
+    region_1CHW = torch.from_numpy(region_HWC.transpose(2, 0, 1)[None])
+    if out_1CHW is None:
         return F.interpolate(region_1CHW, (height, width), mode=filter, antialias=True)[0].contiguous()
     if (operator := _operator_with_out(filter)) is None:
-        return out_CHW.copy_(F.interpolate(region_1CHW, (height, width), mode=filter, antialias=True)[0])
-    operator(region_1CHW, (height, width), False, None, None, out=out_CHW.unsqueeze(0))
-    return out_CHW
+        return out_1CHW.copy_(F.interpolate(region_1CHW, (height, width), mode=filter, antialias=True))
+    operator(region_1CHW, (height, width), False, None, None, out=out_1CHW)
+    return out_1CHW
 
 
 @functools.cache

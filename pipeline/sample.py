@@ -61,9 +61,9 @@ class UnresizedFrame:
     filter: Filter
     engine: Engine
 
-    def resize(self, out_CHW: torch.Tensor | None = None) -> torch.Tensor:
-        """uint8 [3, size, size], planar: `out_CHW`, where it is given."""
-        return resize_box(self.pixels_HWC, self.box, self.size, self.filter, self.engine, out_CHW)
+    def resize(self, out_1CHW: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 [3, size, size], planar; where `out_1CHW` is given, that, filled: uint8 [1, 3, size, size]."""
+        return resize_box(self.pixels_HWC, self.box, self.size, self.filter, self.engine, out_1CHW)
 
 
 @dataclass(slots=True)
@@ -99,9 +99,10 @@ class ClipView:
 
     def write_to(self, target_TCHW: torch.Tensor) -> None:
         """Fill `target_TCHW`, uint8 [T or more, 3, size, size], repeating the last frame to its end."""
-        if not isinstance(self.pixels, torch.Tensor):
-            self.pixels.resize(target_TCHW[0])
-        else:
+        length = len(target_TCHW)
+        if isinstance(self.pixels, torch.Tensor):
             target_TCHW[: self.num_frames].copy_(self.pixels)
-        if self.num_frames < target_TCHW.shape[0]:
+        else:
+            self.pixels.resize(target_TCHW if length == 1 else target_TCHW[:1])
+        if self.num_frames < length:
             target_TCHW[self.num_frames :] = target_TCHW[self.num_frames - 1].clone()

@@ -105,11 +105,7 @@ def _metadata(member: Member, limits: LimitsSpec) -> str:
     text = _text(member, limits, MetadataNotJSON)
     try:
         _check_depth(text.encode())
-        value = json.loads(
-            text, parse_constant=_refuse_constant, parse_int=_bounded_int, object_pairs_hook=_unique_keys
-        )
-        # allow_nan=False: 1e999 parses to infinity, which JSON cannot write.
-        canonical = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        canonical = _JSON_WRITER.encode(_JSON_PARSER.decode(text))
         canonical.encode("utf-8")
     except (ValueError, RecursionError) as error:  # both of JSON's and Unicode's errors are ValueErrors
         reason = "it has half of a surrogate pair" if isinstance(error, UnicodeEncodeError) else str(error)
@@ -146,3 +142,9 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"the name {twice[:40]!r} stands twice in one object")
     return unique
+
+
+# Made once: json.loads and json.dumps make theirs anew for each sample when they are given options.
+_JSON_PARSER = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_bounded_int, object_pairs_hook=_unique_keys)
+# allow_nan=False: 1e999 parses to infinity, which JSON cannot write.
+_JSON_WRITER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)

@@ -7,6 +7,7 @@ calls that any supervisor can make from outside its process: assign, poll, heart
 
 from __future__ import annotations
 
+import gc
 import logging
 import queue
 import threading
@@ -18,12 +19,12 @@ from typing import Any
 import torch
 
 from pipeline.activities import ActivityBoard, board_bytes
+from pipeline.allocator import keep_freed_memory
 from pipeline.batch import Batch, Batcher
 from pipeline.byte_stream import ShardStream, open_shard
 from pipeline.decode import Decoder, gave_up
 from pipeline.decoder_process import DecoderProcesses, DecodersUnavailable
 from pipeline.encode import Encoder, PendingBatch, arithmetic_id, batch_shapes, cut_tokens, open_encoder
-from pipeline.freed_memory import keep_freed_memory
 from pipeline.group import group_samples
 from pipeline.media import media_kind_of_extension
 from pipeline.messages import (
@@ -86,6 +87,8 @@ class ShardWorker:
             storage_options=setup.storage_options,
         )
         keep_freed_memory()
+        # The modules and the model stay: the collector need not look through them again and again.
+        gc.freeze()
         # Parallelism comes from the threads here; torch's own would fight with them for the cores.
         torch.set_num_threads(1)
         self._decoder = Decoder(spec.preprocess, spec.clips, spec.limits)

@@ -9,7 +9,7 @@ import pytest
 COUNT_FAULTS = """
 import resource, sys
 import numpy as np
-from pipeline.freed_memory import keep_freed_memory
+from pipeline.allocator import keep_freed_memory
 
 def faults():
     # Two blocks of a picture's size, so that freeing both leaves more at the top than glibc keeps by itself.
