@@ -70,7 +70,9 @@ class FileCache:
                     self._fill(part, storage, name, num_bytes, sha256)
                     # The lock becomes that of a reader: nobody may delete the copy before it is opened again.
                     fcntl.flock(part, fcntl.LOCK_SH)
-                    (self._folder / (sha256 + _PART)).rename(self._folder / sha256)
+                    # Under the lock, so that whoever counts meets it under exactly one of its names.
+                    with self._locked_folder():
+                        (self._folder / (sha256 + _PART)).rename(self._folder / sha256)
                     return io.FileIO(os.dup(part), "rb")
         except OSError as error:
             raise BsqError(
@@ -80,7 +82,11 @@ class FileCache:
 
     def num_bytes(self) -> int:
         """Bytes of the copies, with those that are being fetched."""
-        return sum(size for _, size, _ in self._entries())
+        try:
+            with self._locked_folder():
+                return sum(size for _, size, _ in self._entries())
+        except FileNotFoundError:
+            return 0
 
     def _open_copy(self, sha256: str, num_bytes: int) -> io.FileIO | None:
         path = self._folder / sha256

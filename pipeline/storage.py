@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import tenacity
+from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
@@ -118,16 +119,26 @@ class Storage:
         caching = {} if "::" in url else {"use_listings_cache": False}
         self.url = printable_url(url)
         self._given_url = url
+        self._filesystem_options = {**caching, **self._options}
         try:
-            self._fs, self._root = url_to_fs(url, **{**caching, **self._options})
+            self._filesystem, self._root = url_to_fs(url, **self._filesystem_options)
         except (ValueError, ImportError) as error:
             raise SpecError(f"{self.url}: {printable_error(error, self._options)}") from error
+        self._process = os.getpid()
         self.is_local = isinstance(self._fs, LocalFileSystem)
         if self.is_local:
             self._root = str(Path(self._root).absolute())
         protocols = (self._fs.protocol,) if isinstance(self._fs.protocol, str) else self._fs.protocol
         self._is_s3 = "s3" in protocols
         self._may_fence = bool(_CREATE_ONLY_PROTOCOLS & set(protocols))
+
+    @property
+    def _fs(self) -> AbstractFileSystem:
+        # Connections do not survive a fork, as of the workers of a DataLoader: there each process makes its own.
+        if self._process != os.getpid():
+            self._filesystem, _ = url_to_fs(self._given_url, **self._filesystem_options)
+            self._process = os.getpid()
+        return self._filesystem
 
     @property
     def fenced(self) -> bool:

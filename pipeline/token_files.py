@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.file_cache import FileCache
-from pipeline.parquet import PARQUET_ERRORS
+from pipeline.parquet import PARQUET_ERRORS, read_footer
 from pipeline.storage import Storage
 from pipeline.token_index import TokenIndex, read_file_column
 from pipeline.token_pages import (
@@ -324,7 +324,7 @@ class TokenFile:
             raise self.damaged("it does not end as Parquet does")
         if footer_bytes > length:
             tail = self._source.read(self._bytes - footer_bytes, footer_bytes)
-        return pq.read_metadata(pa.BufferReader(b"PAR1" + tail[-footer_bytes:]))
+        return read_footer(tail[-footer_bytes:])
 
     def _path_of(self, column: int) -> str:
         return str(self._metadata.schema.column(column).path)

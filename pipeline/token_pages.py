@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.thrift_compact import CompactReader, NotThrift
+
 PREFIX_BYTES = 4
 """Length before each value of a BYTE_ARRAY page."""
 MAX_HEADER_BYTES = 1 << 16
@@ -20,8 +22,6 @@ _DATA_PAGE, _DATA_PAGE_V2 = 0, 3
 _PLAIN = 0
 _LEVELS = (3, 4)
 """Encodings of levels: RLE, BIT_PACKED."""
-_BOOL_TRUE, _BOOL_FALSE, _I32, _I64, _BINARY, _STRUCT = 1, 2, 5, 6, 8, 12
-_MAX_DEPTH = 8
 _PLAIN_ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED"}
 """Of values, and of levels."""
 
@@ -74,8 +74,11 @@ def parse_page_header(data: bytes | memoryview) -> PageHeader:
     """Parse the header at the start of `data`.  Raises NotPlain unless it is that of a plain data page without levels.
 
     Levels: the column must be required and flat, which its schema says and the caller has checked."""
-    reader = _CompactReader(data)
-    header = reader.struct(0)
+    reader = CompactReader(data)
+    try:
+        header = reader.struct()
+    except NotThrift as error:
+        raise NotPlain(str(error)) from error
     kind = header.get(1)
     body = header.get(5 if kind == _DATA_PAGE else 8)
     if kind not in (_DATA_PAGE, _DATA_PAGE_V2) or not isinstance(body, dict):
@@ -152,65 +155,3 @@ def row_starts(chunk: Octets, row_bytes_R: npt.NDArray[np.int64]) -> npt.NDArray
     if not (octets_R4.view("<u4")[:, 0] == row_bytes_R).all():
         raise NotPlain("rows of other sizes")
     return starts_R
-
-
-class _CompactReader:
-    """Reads Thrift's compact protocol: structs as dictionaries by field number, with 32-bit integers and structs as
-    their values; whatever else a page header may hold is passed over."""
-
-    def __init__(self, data: bytes | memoryview) -> None:
-        self._data = data
-        self.place = 0
-
-    def struct(self, depth: int) -> dict[int, Any]:
-        if depth > _MAX_DEPTH:
-            raise NotPlain("structs too deep")
-        values: dict[int, Any] = {}
-        field = 0
-        while octet := self._octet():
-            kind = octet & 15
-            field = field + (octet >> 4) if octet >> 4 else self._zigzag()
-            if field in values or field < 1:
-                raise NotPlain("a field comes twice")
-            values[field] = self._value(kind, depth)
-        return values
-
-    def _value(self, kind: int, depth: int) -> Any:
-        if kind in (_BOOL_TRUE, _BOOL_FALSE):
-            return None
-        if kind == _I32:
-            return self._zigzag()
-        if kind == _I64:
-            self._zigzag()
-            return None
-        if kind == _BINARY:
-            return self._skip(self._varint())
-        if kind == _STRUCT:
-            return self.struct(depth + 1)
-        # Nothing else has a place in the headers of pages.
-        raise NotPlain("an unexpected field")
-
-    def _octet(self) -> int:
-        if self.place >= len(self._data):
-            raise NotPlain("a header that ends early")
-        octet = int(self._data[self.place])
-        self.place += 1
-        return octet
-
-    def _varint(self) -> int:
-        value = 0
-        for shift in range(0, 70, 7):
-            octet = self._octet()
-            value |= (octet & 127) << shift
-            if octet < 128:
-                return value
-        raise NotPlain("an endless number")
-
-    def _zigzag(self) -> int:
-        value = self._varint()
-        return (value >> 1) ^ -(value & 1)
-
-    def _skip(self, num_bytes: int) -> None:
-        if num_bytes > len(self._data) - self.place:
-            raise NotPlain("a header that ends early")
-        self.place += num_bytes

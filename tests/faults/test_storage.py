@@ -127,10 +127,10 @@ def test_errors_broken_bodies_and_lost_answers_cost_requests_and_nothing_else(
 ) -> None:
     store, faults = faulty_store
     sources = upload(object_store, shards)
-    faults.error_share, faults.broken_share, faults.lost_share = 0.1, 0.15, 0.1
+    faults.error_share, faults.broken_share, faults.lost_share = 0.1, 0.15, 0.2
     job = bsq("tokenize", sources, "--out", f"{store.url}/out", *SMALL, "--no-ray", *store.arguments, timeout=300)
     assert job.returncode == 0, job.stderr
-    assert min(faults.struck[name] for name in ("error", "broken", "lost")) >= 2, faults.struck
+    assert min(faults.struck[name] for name in ("error", "broken", "lost")) >= 1, faults.struck
     folder = copy(object_store, "out", tmp_path / "copy")
     assert rows_of(Storage(str(folder))) == rows_of(Storage(str(local_out)))
     assert len(dataset_files(folder)) == len(dataset_files(local_out)), "no strays"

@@ -241,6 +241,12 @@ def test_a_changed_footer_is_refused_or_read_as_pyarrow_reads_it(changes):
     compare(mutated(changes))
 
 
+@pytest.mark.parametrize("change", [(7599, 72), (8001, 119), (8705, 52)])
+def test_a_codec_that_parquet_does_not_have_is_refused(change):
+    """pyarrow would end the process."""
+    assert compare(mutated([change])) <= {"refused", "equal"}
+
+
 @pytest.mark.long
 @LONG_FUZZ
 @given(st.one_of(HEADER_CHANGES, FOOTER_CHANGES))
