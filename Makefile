@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -m 'not long'
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --constraint constraints.txt
@@ -18,7 +18,7 @@ help: ## Show this list
 demo: $(VENV)/.demo ## Tokenize a small corpus of photographs and clips into demo/
 	@$(BIN)/bsq demo --out $(DEMO)
 
-test: $(VENV)/.test ## Run the tests (a few minutes)
+test: $(VENV)/.test ## Run the tests, but for the longest (some minutes)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint ## Check style and types

@@ -157,6 +157,7 @@ def test_a_lease_that_is_held_refuses_a_second_driver_until_its_holder_is_dead(
     assert_whole(out, undisturbed)
 
 
+@pytest.mark.long
 def test_a_driver_that_slept_past_its_lease_stops_without_touching_what_the_second_committed(
     shards: list[Path], undisturbed: dict[str, str], tmp_path: Path, bsq: RunBsq, start: StartJob
 ) -> None:

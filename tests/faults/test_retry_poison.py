@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from jobs.verify import verify_dataset
 from pipeline.dataset_files import read_ledger, read_manifest
 from pipeline.storage import Storage
@@ -13,6 +15,7 @@ from tests.tiny_corpus import RunBsq, photo_members, write_tar
 KEY = "000003"
 
 
+@pytest.mark.long
 def test_a_retry_of_poison_loses_no_worker_and_wins_it_back_from_a_mended_decoder(tmp_path: Path, bsq: RunBsq) -> None:
     shard, out = write_tar(tmp_path / "a.tar", photo_members(0, 8)), tmp_path / "out"
     fault = {"BSQTOK_DECODE_FAULT": f"abort:{KEY}"}

@@ -117,6 +117,7 @@ def faulty_store(object_store: ObjectStore) -> Iterator[tuple[ObjectStore, Fault
         yield found
 
 
+@pytest.mark.long
 def test_errors_broken_bodies_and_lost_answers_cost_requests_and_nothing_else(
     shards: list[Path],
     local_out: Path,
@@ -161,6 +162,7 @@ def test_repeated_requests_for_a_source_are_recorded(
     assert sum(commit.source.num_retries for commit in commits) >= 1
 
 
+@pytest.mark.long
 def test_a_listing_that_lags_hides_no_commit_from_the_driver_that_takes_over(
     shards: list[Path],
     local_out: Path,

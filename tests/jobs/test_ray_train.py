@@ -79,6 +79,7 @@ def training_processes(pid):
 needs_two_cpus = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
 
 
+@pytest.mark.long
 @needs_two_cpus
 def test_two_processes_train_as_under_torchrun(tmp_path, small_shards, command):
     folders = [tmp_path / name for name in ("ray", "torchrun")]
