@@ -67,6 +67,7 @@ def test_slow_storage_is_named_as_the_limit(corpus: Path) -> None:
     assert f"{plan.failures['MediaTruncated']} MediaTruncated" in text
 
 
+@pytest.mark.long
 def test_what_cannot_be_measured_is_told_in_one_line(tmp_path: Path, bsq: RunBsq) -> None:
     refused = bsq("plan", tmp_path / "none-{0..3}.tar", *STUB)
     assert refused.returncode == 2

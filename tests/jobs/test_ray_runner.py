@@ -26,6 +26,7 @@ def local_files(small_shards: list[Path], tmp_path_factory: pytest.TempPathFacto
     return dataset_files(out)
 
 
+@pytest.mark.long
 def test_an_actor_that_is_killed_with_shards_in_flight_while_another_commits_costs_nothing(
     small_shards: list[Path],
     local_files: dict[str, str],
@@ -94,6 +95,7 @@ def test_a_driver_on_ray_that_is_killed_leaves_no_process_and_its_job_goes_on(
     assert dataset_files(out) == local_files
 
 
+@pytest.mark.long
 def test_control_c_on_ray_keeps_what_was_read_and_names_the_command_that_goes_on(
     small_shards: list[Path], local_files: dict[str, str], tmp_path: Path, bsq: RunBsq, start: StartJob
 ) -> None:
