@@ -98,7 +98,7 @@ class BatchLimits:
             most = min(self._most.get(num_frames, num_rows), num_rows)
             try:
                 return [encode(part_BTCHW) for part_BTCHW in torch.split(frames_BTCHW, most)]
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if most == 1 or not _is_out_of_memory(error):
                     raise
             # Outside of the handler, which holds on to the tensors of the attempt.
@@ -106,8 +106,11 @@ class BatchLimits:
             self._most[num_frames] = min(self._most.get(num_frames, num_rows), (most + 1) // 2)
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """The CPU's kernels (oneDNN) name no cause when memory for a kernel is refused, so their failures count too."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(sign in str(error) for sign in ("DefaultCPUAllocator", "could not create a", "could not execute a"))
 
 
 class CpuEncoder:

@@ -10,10 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests.running_jobs import StartJob, start_jobs
 from tests.tiny_corpus import BSQ, REPOSITORY, RunBsq, bsq_environment, mp4, photo_members, write_tar
+
+# The same examples in every run; `pytest --hypothesis-profile default` looks for others.
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("fixed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

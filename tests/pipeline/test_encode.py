@@ -54,11 +54,15 @@ def test_out_of_memory_halves_the_batch_of_that_shape_and_gives_the_same_tokens(
     assert (encoded.packed == expected[2, 8].packed).all()
 
 
+NO_MEMORY = [torch.OutOfMemoryError(), MemoryError(), RuntimeError("could not create a primitive")]
+
+
 @pytest.mark.parametrize("rows", [1, 3, 7, 33])
-def test_every_row_is_encoded_once_and_in_order(rows: int) -> None:
+@pytest.mark.parametrize("no_memory", NO_MEMORY, ids=["device", "Python", "oneDNN"])
+def test_every_row_is_encoded_once_and_in_order(rows: int, no_memory: Exception) -> None:
     def encode(part: torch.Tensor) -> list[int]:
         if len(part) > 2:
-            raise torch.OutOfMemoryError
+            raise no_memory
         return part.flatten().tolist()
 
     batch = torch.arange(rows).reshape(rows, 1)
