@@ -3,6 +3,7 @@
 BsqError                      ends the command; one line for people
 ├── SpecError                 2   bad usage, option or job spec
 ├── CheckpointError           2   tokenizer weights that cannot be used
+├── StreamError               2   a .bsq file that cannot be decoded
 ├── Refused                   4   the output cannot be used: LeaseHeld, FingerprintDiffers, OutputNotOurs
 │   └── OutputError           4   storage refuses to take the output: OutputNotWritable, OutputFull
 ├── LeaseLost                 4   another driver has taken the job over
@@ -38,6 +39,12 @@ class SpecError(BsqError):
 
 class CheckpointError(BsqError):
     """Tokenizer weights that are missing, damaged, hostile, or of another architecture."""
+
+    exit_code = 2
+
+
+class StreamError(BsqError):
+    """A .bsq file that is damaged, too large, or made with other weights or other arithmetic."""
 
     exit_code = 2
 

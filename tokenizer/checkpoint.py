@@ -85,11 +85,11 @@ def read_checkpoint(
     if name.startswith(UNTRAINED):
         return _untrained(name)
     if name in shipped_names():
-        return _read_folder(SHIPPED / name, name)
+        return read_folder(SHIPPED / name, name)
     if "://" in name or "::" in name:
-        return _read_url(name, storage_options or {})
+        return read_url(name, storage_options or {})
     if isinstance(source, os.PathLike) or os.sep in name or Path(name).is_dir():
-        return _read_folder(Path(name), printable(name))
+        return read_folder(Path(name), printable(name))
     if name in PRESETS:
         raise CheckpointError(
             f"There are no trained weights named {name!r}; {UNTRAINED + name!r} gives that model with random weights."
@@ -125,19 +125,11 @@ def build_model(
 ) -> BSQViT:
     """The model of a checkpoint's files, in eval mode; see `from_pretrained`."""
     import torch
-    from safetensors.torch import load
 
     from tokenizer.bsqvit import BSQViT
 
     config = files.config()
-    where = f"{files.where}/{MODEL_FILE}"
-    # Names and shapes are compared before any tensor exists: a config cannot make us allocate more than the file holds.
-    found = {each.name: (each.dtype, each.shape) for each in read_tensor_entries(files.model_safetensors, where)}
-    for name, (dtype, _) in found.items():
-        if dtype not in DTYPE_NAMES.values():
-            raise CheckpointError(f"{where}: tensor {printable(name)!r} is {dtype}; weights are F32, BF16 or F16.")
-    require_matching(expected_shapes(config), {name: shape for name, (_, shape) in found.items()}, where)
-    weights = {name: tensor.float() for name, tensor in load(files.model_safetensors).items()}
+    weights = read_weights(files, expected_shapes(config))
     config, weights = _adapted(config, weights, image_size or config.image_size, max_frames or config.max_frames)
 
     model = BSQViT(config, seed=None, compute_dtype=compute_dtype or torch.float32)
@@ -161,10 +153,10 @@ def save_checkpoint(
     path.mkdir(parents=True, exist_ok=True)
     # The config last: a folder without it is not taken for a checkpoint.
     (path / CONFIG_FILE).unlink(missing_ok=True)
-    _write(path / MODEL_FILE, _model_bytes(model.state_dict(), dtype))
+    write_whole(path / MODEL_FILE, model_bytes(model.state_dict(), dtype))
     if card is not None:
-        _write(path / CARD_FILE, card.encode())
-    _write(path / CONFIG_FILE, _config_bytes(config))
+        write_whole(path / CARD_FILE, card.encode())
+    write_whole(path / CONFIG_FILE, _config_bytes(config))
 
 
 def weight_sha256(weights: torch.nn.Module | Mapping[str, torch.Tensor]) -> str:
@@ -183,6 +175,20 @@ def expected_shapes(config: BSQViTConfig) -> dict[str, tuple[int, ...]]:
     from tokenizer.bsqvit import BSQViT
 
     return {name: tuple(tensor.shape) for name, tensor in BSQViT(config, seed=None).state_dict().items()}
+
+
+def read_weights(files: CheckpointFiles, expected: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint in fp32.  Raises CheckpointError where names, shapes or dtypes are others."""
+    from safetensors.torch import load
+
+    where = f"{files.where}/{MODEL_FILE}"
+    # Names and shapes are compared before any tensor exists: a config cannot make us allocate more than the file holds.
+    found = {each.name: (each.dtype, each.shape) for each in read_tensor_entries(files.model_safetensors, where)}
+    for name, (dtype, _) in found.items():
+        if dtype not in DTYPE_NAMES.values():
+            raise CheckpointError(f"{where}: tensor {printable(name)!r} is {dtype}; weights are F32, BF16 or F16.")
+    require_matching(expected, {name: shape for name, (_, shape) in found.items()}, where)
+    return {name: tensor.float() for name, tensor in load(files.model_safetensors).items()}
 
 
 def require_matching(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -236,10 +242,11 @@ def _untrained(name: str) -> CheckpointFiles:
         config = preset_config(preset)
     except SpecError as error:
         raise CheckpointError(str(error)) from error
-    return CheckpointFiles(_config_bytes(config), _model_bytes(BSQViT(config).state_dict(), None), name)
+    return CheckpointFiles(_config_bytes(config), model_bytes(BSQViT(config).state_dict(), None), name)
 
 
-def _read_folder(folder: Path, where: str) -> CheckpointFiles:
+def read_folder(folder: Path, where: str) -> CheckpointFiles:
+    """The files of a local folder.  Raises CheckpointError where they cannot be read or are too large."""
     contents = []
     for name, limit in ((CONFIG_FILE, MAX_CONFIG_BYTES), (MODEL_FILE, MAX_MODEL_BYTES)):
         try:
@@ -253,7 +260,8 @@ def _read_folder(folder: Path, where: str) -> CheckpointFiles:
     return CheckpointFiles(contents[0], contents[1], where)
 
 
-def _read_url(url: str, storage_options: Mapping[str, Any]) -> CheckpointFiles:
+def read_url(url: str, storage_options: Mapping[str, Any]) -> CheckpointFiles:
+    """The files of a folder in any store.  Raises CheckpointError, without credentials."""
     import fsspec
 
     where = shown_url(url.rstrip("/"))
@@ -280,7 +288,8 @@ def _config_bytes(config: BSQViTConfig) -> bytes:
     return (json.dumps(config.to_json_dict(), indent=2) + "\n").encode()
 
 
-def _model_bytes(state: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> bytes:
+def model_bytes(state: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> bytes:
+    """A safetensors file of weights, in fp32 unless told."""
     import torch
     from safetensors.torch import save
 
@@ -296,7 +305,8 @@ def _tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         temporary = Path(file.name)
         try:

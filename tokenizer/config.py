@@ -41,17 +41,17 @@ class TransformerConfig:
     """LayerNorm between the position embedding and the first block; the patch embedding has a bias only without it."""
 
     def __post_init__(self) -> None:
-        _require_int("width", self.width, 1, MAX_WIDTH)
-        _require_int("layers", self.layers, 1, MAX_LAYERS)
-        _require_int("heads", self.heads, 1, self.width)
-        _require_float("mlp_ratio", self.mlp_ratio)
-        _require_bool("ln_pre", self.ln_pre)
+        require_int("width", self.width, 1, MAX_WIDTH)
+        require_int("layers", self.layers, 1, MAX_LAYERS)
+        require_int("heads", self.heads, 1, self.width)
+        require_float("mlp_ratio", self.mlp_ratio)
+        require_bool("ln_pre", self.ln_pre)
         if self.width % self.heads:
             raise SpecError(f"width is {self.width}, not a multiple of heads, {self.heads}.")
         if not 1 <= self.mlp_width <= 16 * MAX_WIDTH:
             raise SpecError(f"mlp_ratio is {self.mlp_ratio}; width {self.width} times it must be at least 1.")
         if self.layer_scale is not None:
-            _require_float("layer_scale", self.layer_scale)
+            require_float("layer_scale", self.layer_scale)
 
     @property
     def mlp_width(self) -> int:
@@ -80,7 +80,7 @@ class QuantizerLossConfig:
 
     def __post_init__(self) -> None:
         for name in ("beta", "gamma0", "gamma", "zeta", "inv_temperature"):
-            _require_float(name, getattr(self, name))
+            require_float(name, getattr(self, name))
         if self.inv_temperature <= 0:
             raise SpecError(f"inv_temperature is {self.inv_temperature}; it must be above 0.")
         _require_one_of("sample_entropy", self.sample_entropy, get_args(EntropyKind))
@@ -127,15 +127,15 @@ class BSQViTConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.preset, str):
             raise SpecError(f"preset is {self.preset!r}; it must be a name.")
-        _require_int("image_size", self.image_size, 1, MAX_IMAGE_SIZE_PX)
-        _require_int("patch_size", self.patch_size, 1, self.image_size)
-        _require_int("max_frames", self.max_frames, 1, MAX_FRAMES)
-        _require_int("bits_per_token", self.bits_per_token, 1, MAX_BITS_PER_TOKEN)
-        _require_int("group_size", self.group_size, 1, MAX_GROUP_SIZE)
+        require_int("image_size", self.image_size, 1, MAX_IMAGE_SIZE_PX)
+        require_int("patch_size", self.patch_size, 1, self.image_size)
+        require_int("max_frames", self.max_frames, 1, MAX_FRAMES)
+        require_int("bits_per_token", self.bits_per_token, 1, MAX_BITS_PER_TOKEN)
+        require_int("group_size", self.group_size, 1, MAX_GROUP_SIZE)
         if self.head_width is not None:
-            _require_int("head_width", self.head_width, 1, 16 * MAX_WIDTH)
+            require_int("head_width", self.head_width, 1, 16 * MAX_WIDTH)
         for name in ("l2_norm", "post_q_l2_norm", "trained"):
-            _require_bool(name, getattr(self, name))
+            require_bool(name, getattr(self, name))
         if self.image_size % self.patch_size:
             raise SpecError(f"image_size is {self.image_size}, not a multiple of patch_size, {self.patch_size}.")
         if self.bits_per_token % self.group_size:
@@ -171,11 +171,11 @@ class BSQViTConfig:
     @classmethod
     def from_json_dict(cls, values: object) -> BSQViTConfig:
         """Read what `to_json_dict` wrote. Raises SpecError naming an unknown, missing or impossible value."""
-        fields = _known_fields(cls, values, "tokenizer config")
+        fields = known_fields(cls, values, "tokenizer config")
         for half in ("encoder", "decoder"):
-            fields[half] = TransformerConfig(**_known_fields(TransformerConfig, fields[half], half))
+            fields[half] = TransformerConfig(**known_fields(TransformerConfig, fields[half], half))
         if "losses" in fields:
-            fields["losses"] = QuantizerLossConfig(**_known_fields(QuantizerLossConfig, fields["losses"], "losses"))
+            fields["losses"] = QuantizerLossConfig(**known_fields(QuantizerLossConfig, fields["losses"], "losses"))
         if "clamp_range" in fields:
             fields["clamp_range"] = _pair("clamp_range", fields["clamp_range"])
         return cls(**fields)
@@ -193,7 +193,8 @@ def _help(name: str, valid: Iterable[str]) -> str:
     return f"valid: {', '.join(names)}.{nearest_name(name, names)}"
 
 
-def _known_fields(cls: type[Any], values: object, where: str) -> dict[str, Any]:
+def known_fields(cls: type[Any], values: object, where: str) -> dict[str, Any]:
+    """The values of a dataclass in JSON types.  Raises SpecError for a name that it lacks, or that is missing."""
     if not isinstance(values, dict):
         raise SpecError(f"{where}: expected an object with named values, found {type(values).__name__}.")
     known = {each.name: each for each in dataclasses.fields(cls)}
@@ -211,21 +212,24 @@ def _pair(name: str, value: object) -> tuple[float, float]:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise SpecError(f"{name} is {value!r}; it must be two numbers.")
     for each in value:
-        _require_float(name, each)
+        require_float(name, each)
     return float(value[0]), float(value[1])
 
 
-def _require_int(name: str, value: object, least: int, most: int) -> None:
+def require_int(name: str, value: object, least: int, most: int) -> None:
+    """Raise SpecError unless `value` is a whole number from `least` to `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise SpecError(f"{name} is {value!r}; it must be a whole number from {least} to {most:,}.")
 
 
-def _require_float(name: str, value: object) -> None:
+def require_float(name: str, value: object) -> None:
+    """Raise SpecError unless `value` is a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise SpecError(f"{name} is {value!r}; it must be a finite number.")
 
 
-def _require_bool(name: str, value: object) -> None:
+def require_bool(name: str, value: object) -> None:
+    """Raise SpecError unless `value` is true or false."""
     if not isinstance(value, bool):
         raise SpecError(f"{name} is {value!r}; it must be true or false.")
 
