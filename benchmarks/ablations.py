@@ -34,7 +34,8 @@ from tokenizer.checkpoint import save_checkpoint
 from tokenizer.metrics import ms_ssim_form
 from tokenizer.train_config import TrainConfig, train_config
 from tokenizer.train_log import describe_report
-from tokenizer.trainer import Trainer, held_batches, stopping_on_signals
+from tokenizer.train_loop import stopping_on_signals
+from tokenizer.trainer import Trainer, held_batches
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "whole": {},

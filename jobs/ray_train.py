@@ -21,8 +21,9 @@ from schemas.errors import BsqError, Interrupted, SpecError, printable
 from schemas.trainspec import TrainSpec
 from tokenizer.train_config import TrainConfig
 from tokenizer.train_log import TrainReport
+from tokenizer.train_loop import Stoppable, stopping_on_signals
 from tokenizer.train_state import find_states
-from tokenizer.trainer import Stoppable, Trainer, stopping_on_signals
+from tokenizer.trainer import Trainer
 
 # Set before Ray Train is imported: paths of a training file are relative to where the command was given.
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")

@@ -17,10 +17,11 @@ from jobs.display import BAR_WIDTH, LINE_EVERY_SECONDS, describe_seconds
 from jobs.training_data import TrainingData, save_frames
 from schemas.errors import SpecError
 from schemas.trainspec import TrainSpec, read_train_spec
+from tokenizer.ranks import joined_ranks, rank
 from tokenizer.train_config import TrainConfig, train_config
 from tokenizer.train_log import Observer, TrainReport, describe_report
-from tokenizer.train_step import joined_ranks, rank
-from tokenizer.trainer import Trainer, stopping_on_signals
+from tokenizer.train_loop import stopping_on_signals
+from tokenizer.trainer import Trainer
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -151,7 +152,7 @@ class TrainDisplay:
             self.tell(report.line)
         if report.picture is not None:
             self.tell(f"step {report.step:,}: {report.picture}")
-        if "val_psnr" in report.values:
+        if "val_psnr" in report.values or "val_bits" in report.values:
             self.tell(describe_report(report))
         elif report.values:
             self._show(report)

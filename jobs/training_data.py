@@ -29,8 +29,9 @@ from schemas.errors import SpecError
 from schemas.jobspec import ClipSpec, PreprocessSpec
 from schemas.trainspec import TrainSpec
 from tokenizer.frame_batches import Batches
+from tokenizer.ranks import num_ranks, rank
 from tokenizer.train_config import TrainConfig
-from tokenizer.train_step import num_ranks, rank, training_sizes
+from tokenizer.train_step import training_sizes
 from tokenizer.trainer import held_batches
 
 

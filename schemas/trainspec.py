@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -95,17 +96,80 @@ class TrainSpec(_Section):
         return {name: getattr(self, name) for name in names}
 
 
+class TokenSourceSpec(_Section):
+    """A dataset of tokens, and how much of it."""
+
+    path: str
+    """Folder or URL of the dataset."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of samples, in proportion to the other datasets."""
+    filters: tuple[tuple[Any, ...], ...] = ()
+    """Conditions that must all hold, as the loader takes them: [frames, "==", 1]."""
+
+
+class TokenDataSpec(_Section):
+    """Where tokens come from.  All datasets are of one tokenizer."""
+
+    train: dict[str, TokenSourceSpec | str]
+    """Datasets to learn from, by a name; a path alone has weight 1."""
+    validation: dict[str, TokenSourceSpec | str] = Field(default_factory=dict)
+    """Datasets that the run is measured on, the first view of each clip."""
+    validation_clips: Annotated[int, Field(ge=1)] = 512
+    """The most clips of each, spread evenly over it."""
+    window: Annotated[int, Field(ge=1)] = 32_768
+    """Rows that are shuffled among each other."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.train:
+            raise ValueError("data.train names no dataset")
+        return self
+
+
+class TokenTrainSpec(_Section):
+    """One run of training a model over tokens."""
+
+    out: str = ""
+    """Local folder of the run."""
+    data: TokenDataSpec
+    """Where tokens come from."""
+    model: dict[str, Any] = Field(default_factory=dict)
+    """Which model is trained."""
+    optimizer: dict[str, Any] = Field(default_factory=dict)
+    """Steps, batch, optimiser, schedule, clipping, moving average."""
+    run: dict[str, Any] = Field(default_factory=dict)
+    """Seed, device, arithmetic, and how often what is written."""
+
+    def training(self) -> dict[str, Any]:
+        """The part that the trainer reads and checks."""
+        return {"model": self.model, "optimizer": self.optimizer, "run": self.run}
+
+
 def read_train_spec(path: str | Path) -> TrainSpec:
     """Read a training file.  Raises SpecError, in one line, for the first thing that is wrong."""
+    return parse_train_spec(_read_yaml(path, "examples/train_small.yaml"), source=str(path))
+
+
+def read_token_train_spec(path: str | Path) -> TokenTrainSpec:
+    """Read a training file of a model over tokens.  Raises SpecError, in one line."""
+    values = _read_yaml(path, "examples/train_prior.yaml")
+    if not isinstance(values, dict):
+        raise SpecError(f"{path}: a training file is a mapping such as `data: ...`, found {type(values).__name__}.")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return TokenTrainSpec.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise SpecError(f"{path}: {_first_problem(error, _TOKEN_SECTIONS)}") from error
+
+
+def _read_yaml(path: str | Path, example: str) -> Any:
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise SpecError(f"{path}: cannot be read ({error.strerror}). Name an existing training file.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         where = f" in line {line + 1}" if line is not None else ""
-        raise SpecError(f"{path}: not valid YAML{where}. Compare it with examples/train_small.yaml.") from error
-    return parse_train_spec(values, source=str(path))
+        raise SpecError(f"{path}: not valid YAML{where}. Compare it with {example}.") from error
 
 
 def parse_train_spec(values: object, *, source: str) -> TrainSpec:
@@ -115,20 +179,23 @@ def parse_train_spec(values: object, *, source: str) -> TrainSpec:
     try:
         return TrainSpec.model_validate(values)
     except pydantic.ValidationError as error:
-        raise SpecError(f"{source}: {_first_problem(error)}") from error
+        raise SpecError(f"{source}: {_first_problem(error, _SECTIONS)}") from error
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {"": TrainSpec, "data": TrainDataSpec, "data.limits": LimitsSpec}
 
 
-def _first_problem(error: pydantic.ValidationError) -> str:
+_TOKEN_SECTIONS: dict[str, type[BaseModel]] = {"": TokenTrainSpec, "data": TokenDataSpec}
+
+
+def _first_problem(error: pydantic.ValidationError, sections: Mapping[str, type[BaseModel]]) -> str:
     problem = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     path = [str(part) for part in problem["loc"] if isinstance(part, str)]
-    known = [index for index in range(len(path)) if ".".join(path[:index]) in _SECTIONS]
+    known = [index for index in range(len(path)) if ".".join(path[:index]) in sections]
     path = path[: known[-1] + 1] if known else path
     name = ".".join(path)
     if problem["type"] == "extra_forbidden":
-        section = _SECTIONS[".".join(path[:-1])]
+        section = sections[".".join(path[:-1])]
         return f"unknown key {name!r}.{nearest_name(path[-1], section.model_fields)}"
     if problem["type"] == "value_error":
         return problem["msg"].removeprefix("Value error, ") + "."

@@ -12,7 +12,7 @@ from torch import nn
 
 from schemas.errors import SpecError
 from tokenizer.schedule import parameter_groups
-from tokenizer.train_config import OptimizerPart
+from tokenizer.train_config import LearningPart
 
 RATE_FACTOR = "rate_factor"
 """Entry of a parameter group: its learning rate as a multiple of the schedule's."""
@@ -62,7 +62,7 @@ class Optimizers:
         return [sum(sizes[:number]) for number in range(len(sizes))]
 
 
-def make_optimizers(module: nn.Module, settings: OptimizerPart, *, may_use_muon: bool = True) -> Optimizers:
+def make_optimizers(module: nn.Module, settings: LearningPart, *, may_use_muon: bool = True) -> Optimizers:
     """The optimisers of one network.  Raises SpecError for Muon with a torch that has none."""
     rate, betas = settings.learning_rate, (settings.beta1, settings.beta2)
     groups = parameter_groups(module, settings.weight_decay, settings.decay)

@@ -44,7 +44,7 @@ class PriorBlock(nn.Module):
     def forward(self, x_BMD: Tensor, tokens_per_frame: int, context_tokens: int, dropout: float) -> Tensor:
         """All tokens of a clip at once; each attends to itself and to those before it within the context."""
         normed = self.attention_norm(x_BMD)
-        query = self.query(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        query = torch.unflatten(self.query(normed), -1, (self.heads, -1)).transpose(1, 2)
         key, value = (each.unsqueeze(1) for each in self.key_value(normed).chunk(2, -1))
         attended = torch.cat(
             [
@@ -118,14 +118,14 @@ class TokenPrior(nn.Module):
         # Masked weights instead of one product for each group.
         allowed = self.allowed_bits().to(signs_BML).repeat_interleave(config.head_width, 0)
         hidden = F.gelu(hidden + F.linear(signs_BML, self.head_earlier * allowed))
-        hidden_BMGH = hidden.unflatten(-1, (config.num_groups, -1))
+        hidden_BMGH = torch.unflatten(hidden, -1, (config.num_groups, -1))
         return torch.einsum("bmgh,ghk->bmgk", hidden_BMGH, self.head_logits) + self.head_bias
 
     def _neighbours(self, signs_BML: Tensor) -> Tensor:
         """Signs of the token before, of the one above and of the one a frame earlier, [B, M, 3 * L]."""
         rows, columns = self.config.grid
         before = F.pad(signs_BML, (0, 0, 1, 0))[:, :-1]
-        frames = signs_BML.unflatten(1, (-1, rows, columns))
+        frames = torch.unflatten(signs_BML, 1, (-1, rows, columns))
         above = F.pad(frames, (0, 0, 0, 0, 1, 0))[:, :, :-1].flatten(1, 3)
         earlier = F.pad(frames, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1].flatten(1, 3)
         return torch.cat([before, above, earlier], -1)

@@ -33,7 +33,7 @@ class PriorSteps:
         self._signs_BML = weight.new_zeros(lanes, 1 + num_tokens, config.bits_per_token)
         self._hidden: Tensor = weight.new_zeros(lanes, 0)
         allowed = prior.allowed_bits().to(weight).repeat_interleave(config.head_width, 0)
-        self._earlier = (prior.head_earlier * allowed).detach().unflatten(0, (config.num_groups, -1))
+        self._earlier = torch.unflatten((prior.head_earlier * allowed).detach(), 0, (config.num_groups, -1))
 
     @torch.inference_mode()
     def step(self, symbols_B: Tensor | None) -> Tensor:
@@ -75,7 +75,7 @@ class PriorSteps:
             keys, values = self._keys[number], self._values[number]
             normed = block.attention_norm(x_BD)
             keys[:, slot], values[:, slot] = block.key_value(normed).chunk(2, -1)
-            query = block.query(normed).unflatten(-1, (block.heads, -1))
+            query = torch.unflatten(block.query(normed), -1, (block.heads, -1))
             # The context is a ring: attention does not ask for the order of what it sees.
             scores = torch.bmm(query, keys[:, :filled].transpose(1, 2)) * keys.shape[-1] ** -0.5
             attended = torch.bmm(scores.softmax(-1), values[:, :filled])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
@@ -78,20 +78,14 @@ class DiscriminatorPart:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OptimizerPart:
+class LearningPart:
     """The optimiser, its schedule, clipping and the moving average."""
 
     method: Literal["adamw", "muon"] = "adamw"
     """muon: the matrices of the transformers' blocks learn by Muon, the rest by AdamW."""
     steps: int = 1_000_000
-    batch_images: int = 32
-    """Images in a batch of one process."""
-    batch_clips: int = 2
-    """Clips in a batch of one process."""
     learning_rate: float = 4e-7
     """Peak; see `per_sample`."""
-    per_sample: bool = True
-    """Multiply the learning rate by the images of a batch over all processes, as the paper does."""
     beta1: float = 0.9
     beta2: float = 0.99
     eps: float = 1e-8
@@ -111,6 +105,18 @@ class OptimizerPart:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerPart(LearningPart):
+    """How the tokenizer and its discriminator learn."""
+
+    batch_images: int = 32
+    """Images in a batch of one process."""
+    batch_clips: int = 2
+    """Clips in a batch of one process."""
+    per_sample: bool = True
+    """Multiply the learning rate by the images of a batch over all processes, as the paper does."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingPart:
     """How batches are drawn from pixels that are already decoded."""
 
@@ -123,23 +129,29 @@ class SamplingPart:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunPart:
-    """How the run goes.  Only `seed` and `dtype` change numbers."""
+class LoopPart:
+    """How the loop goes.  Only `seed` and `dtype` change numbers."""
 
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the transformers; auto is bfloat16 on GPUs that have it.  The quantizer is always float32."""
     device: str = "auto"
-    compile: bool = False
-    """Use torch.compile for the tokenizer and the discriminator."""
-    checkpoint_blocks: bool = False
-    """Compute activations again in the backward pass: less memory for a third more work."""
     log_every: int = 50
     picture_every: int = 1000
     save_every: int = 1000
     validate_every: int = 1000
     keep_last: int = 2
-    """Training states that are kept, besides the best tokenizer."""
+    """Training states that are kept, besides the best weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunPart(LoopPart):
+    """How the run of a tokenizer goes."""
+
+    compile: bool = False
+    """Use torch.compile for the tokenizer and the discriminator."""
+    checkpoint_blocks: bool = False
+    """Compute activations again in the backward pass: less memory for a third more work."""
     dead_channel_bits: float = 0.1
     """A channel whose bits have less entropy than this over a log interval is reported."""
 
@@ -158,25 +170,14 @@ class TrainConfig:
     run: RunPart = field(default_factory=RunPart)
 
     def __post_init__(self) -> None:
-        at_least = {
-            "optimizer.steps": (self.optimizer.steps, 1),
-            "optimizer.batch_images": (self.optimizer.batch_images, 1),
-            "optimizer.batch_clips": (self.optimizer.batch_clips, 1),
-            "optimizer.warmup_steps": (self.optimizer.warmup_steps, 0),
-            "optimizer.clip_norm": (self.optimizer.clip_norm, 0),
-            "losses.r1_every": (self.losses.r1_every, 1),
-            "run.log_every": (self.run.log_every, 1),
-            "run.save_every": (self.run.save_every, 1),
-            "run.picture_every": (self.run.picture_every, 1),
-            "run.validate_every": (self.run.validate_every, 1),
-            "run.keep_last": (self.run.keep_last, 1),
-            "run.seed": (self.run.seed, 0),
-        }
-        for name, (value, least) in at_least.items():
-            if value < least:
-                raise SpecError(f"{name} is {value}; it must be at least {least}.")
-        if not 0 <= self.optimizer.ema < 1:
-            raise SpecError(f"optimizer.ema is {self.optimizer.ema}; it must be from 0 to below 1.")
+        check_loop(self.optimizer, self.run)
+        require_at_least(
+            {
+                "optimizer.batch_images": (self.optimizer.batch_images, 1),
+                "optimizer.batch_clips": (self.optimizer.batch_clips, 1),
+                "losses.r1_every": (self.losses.r1_every, 1),
+            }
+        )
         if not 0 <= self.sampling.clip_share <= 1:
             raise SpecError(f"sampling.clip_share is {self.sampling.clip_share}; it must be from 0 to 1.")
         low, high = self.sampling.crop_scale
@@ -196,14 +197,7 @@ class TrainConfig:
 
     def require_same_run(self, saved: dict[str, Any], where: str) -> bool:
         """Raise SpecError where `saved`, in JSON types, is another run; return whether only its end has moved."""
-        old, new = _flat(saved), _flat(self.to_json_dict())
-        changed = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
-        for name in sorted(changed - FREE_SETTINGS):
-            raise SpecError(
-                f"{where}: the run was begun with {name} {old.get(name)!r}, now it is {new.get(name)!r}. "
-                "Give the same settings, or start a new run with model.init_from."
-            )
-        return "optimizer.steps" in changed
+        return require_same_settings(saved, self.to_json_dict(), FREE_SETTINGS, where)
 
     def model_config(self) -> BSQViTConfig:
         """The architecture where the run does not begin with given weights."""
@@ -216,6 +210,44 @@ class TrainConfig:
             changed["preset"] = "custom"
         halves = {name: dataclasses.replace(getattr(config, name), **both) for name in ("encoder", "decoder")}
         return dataclasses.replace(config, losses=self.losses.quantizer, **halves, **changed)
+
+
+def check_loop(learning: LearningPart, loop: LoopPart) -> None:
+    """Raise SpecError for what no run can be."""
+    require_at_least(
+        {
+            "optimizer.steps": (learning.steps, 1),
+            "optimizer.warmup_steps": (learning.warmup_steps, 0),
+            "optimizer.clip_norm": (learning.clip_norm, 0),
+            "run.log_every": (loop.log_every, 1),
+            "run.save_every": (loop.save_every, 1),
+            "run.picture_every": (loop.picture_every, 1),
+            "run.validate_every": (loop.validate_every, 1),
+            "run.keep_last": (loop.keep_last, 1),
+            "run.seed": (loop.seed, 0),
+        }
+    )
+    if not 0 <= learning.ema < 1:
+        raise SpecError(f"optimizer.ema is {learning.ema}; it must be from 0 to below 1.")
+
+
+def require_at_least(settings: Mapping[str, tuple[float, float]]) -> None:
+    """Raise SpecError for the first value, by name, that is under its least."""
+    for name, (value, least) in settings.items():
+        if value < least:
+            raise SpecError(f"{name} is {value}; it must be at least {least}.")
+
+
+def require_same_settings(saved: dict[str, Any], now: dict[str, Any], free: Set[str], where: str) -> bool:
+    """Raise SpecError where settings outside of `free` differ; return whether the end of the run has moved."""
+    old, new = _flat(saved), _flat(now)
+    changed = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
+    for name in sorted(changed - free):
+        raise SpecError(
+            f"{where}: the run was begun with {name} {old.get(name)!r}, now it is {new.get(name)!r}. "
+            "Give the same settings, or start a new run with model.init_from."
+        )
+    return "optimizer.steps" in changed
 
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -258,7 +290,7 @@ def train_config(values: object, where: str = "training config") -> TrainConfig:
         raise SpecError(
             f"{where}: there is no recipe {recipe!r}; valid: {', '.join(RECIPES)}.{nearest_name(str(recipe), RECIPES)}"
         )
-    config: TrainConfig = _build(TrainConfig, _merged(RECIPES[recipe], values), where, "")
+    config: TrainConfig = build_settings(TrainConfig, _merged(RECIPES[recipe], values), where, "")
     return config
 
 
@@ -270,7 +302,8 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _build(kind: type[Any], values: object, where: str, prefix: str) -> Any:
+def build_settings(kind: type[Any], values: object, where: str, prefix: str = "") -> Any:
+    """A dataclass of settings from a mapping.  Raises SpecError, in one line, for what is wrong."""
     if not isinstance(values, Mapping):
         raise SpecError(f"{where}: {prefix.rstrip('.')} must be a mapping of settings, found {type(values).__name__}.")
     hints = typing.get_type_hints(kind)
@@ -282,7 +315,7 @@ def _build(kind: type[Any], values: object, where: str, prefix: str) -> Any:
 
 def _value(hint: Any, value: object, where: str, name: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type[Any], hint), value, where, f"{name}.")
+        return build_settings(typing.cast(type[Any], hint), value, where, f"{name}.")
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             valid = ", ".join(get_args(hint))

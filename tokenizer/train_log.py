@@ -35,13 +35,17 @@ class TrainReport:
     picture: Path | None = None
 
 
+SHOWN = (
+    "loss", "psnr", "least_channel_bits", "code_usage", "grad_norm", "samples_per_second", "val_psnr", "val_bits",
+)  # fmt: skip
+"""Values of which people are told, in this order."""
+
 Observer = Callable[[TrainReport], None]
 
 
 def describe_report(report: TrainReport) -> str:
     """The numbers of a report in one line."""
-    shown = ("loss", "psnr", "least_channel_bits", "code_usage", "grad_norm", "samples_per_second", "val_psnr")
-    numbers = ", ".join(f"{name} {report.values[name]:.4g}" for name in shown if name in report.values)
+    numbers = ", ".join(f"{name} {report.values[name]:.4g}" for name in SHOWN if name in report.values)
     return f"step {report.step:,} of {report.steps:,}: {numbers}"
 
 

@@ -8,18 +8,15 @@ Shape letters: B batch, T frames, H W pixels, C the 3 colours, L bits per token,
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from schemas.errors import SpecError
 from tokenizer.bsqvit import BSQViT
 from tokenizer.code_usage import CodeCounts
 from tokenizer.config import BSQViTConfig
@@ -35,8 +32,10 @@ from tokenizer.losses import (
     r1_penalty,
 )
 from tokenizer.optimizers import make_optimizers
+from tokenizer.ranks import average_gradients, compute_dtype, copy_from_first_rank, num_ranks
 from tokenizer.schedule import clip_gradients, learning_rate_factor, ramp
 from tokenizer.train_config import TrainConfig
+from tokenizer.train_state import TrainState, load_optimizer, optimizer_tensors
 
 Metrics = dict[str, Tensor]
 
@@ -62,7 +61,7 @@ class Learner:
             ).to(device)
         for each in (self.model, self.discriminator):
             if each is not None:
-                _copy_from_first_rank(each)
+                copy_from_first_rank(each)
         self.average = MovingAverage(self.model, part.ema)
         self.optimizer = make_optimizers(self.model, part)
         self.discriminator_optimizer = (
@@ -100,6 +99,26 @@ class Learner:
         if finite and self._is_adversarial(step):
             metrics |= self._update_discriminator(real_BCHW, fake_BCHW.detach(), step)
         return metrics
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that learns and what its optimisers remember, by dotted name."""
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"ema.{name}": value for name, value in self.average.state().items()}
+        tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors(self.optimizer).items()}
+        if self.discriminator is not None and self.discriminator_optimizer is not None:
+            tensors |= {f"discriminator.{name}": value for name, value in self.discriminator.state_dict().items()}
+            moments = optimizer_tensors(self.discriminator_optimizer)
+            tensors |= {f"discriminator_optimizer.{name}": value for name, value in moments.items()}
+        return tensors
+
+    def load(self, state: TrainState) -> None:
+        """Put back what `tensors` gave."""
+        self.model.load_state_dict(state.part("model"))
+        self.average.load(state.part("ema"), state.values["ema_updates"])
+        load_optimizer(self.optimizer, state.part("optimizer"))
+        if self.discriminator is not None and self.discriminator_optimizer is not None:
+            self.discriminator.load_state_dict(state.part("discriminator"))
+            load_optimizer(self.discriminator_optimizer, state.part("discriminator_optimizer"))
 
     def _tokenizer_gradients(self, frames_BTHWC: Tensor, real_BCHW: Tensor, step: int) -> tuple[Metrics, Tensor]:
         part = self.config.losses
@@ -204,7 +223,7 @@ def starting_model(config: TrainConfig, device: torch.device) -> BSQViT:
     from tokenizer.checkpoint import from_pretrained
 
     part = config.model
-    dtype = compute_dtype(config, device)
+    dtype = compute_dtype(config.run, device)
     if part.init_from is None:
         return BSQViT(config.model_config(), seed=config.run.seed, compute_dtype=dtype)
     model = from_pretrained(part.init_from, image_size=part.image_size, max_frames=part.max_frames, compute_dtype=dtype)
@@ -222,14 +241,6 @@ def training_sizes(config: TrainConfig) -> tuple[int, int]:
     return part.image_size or found.image_size, part.max_frames or found.max_frames
 
 
-def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """The arithmetic that `run.dtype` means on this device."""
-    if config.run.dtype == "auto":
-        has_it = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if has_it else torch.float32
-    return torch.bfloat16 if config.run.dtype == "bfloat16" else torch.float32
-
-
 def checkpoint_blocks(model: BSQViT) -> None:
     """Make every transformer block forget its activations and compute them again in the backward pass."""
     for half in (model.encoder, model.decoder):
@@ -243,61 +254,6 @@ class _Recomputed:
 
     def __call__(self, *arguments: Any) -> Any:
         return checkpoint(self._forward, *arguments, use_reentrant=False)
-
-
-def num_ranks() -> int:
-    """Processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """The number of this process among them, from 0."""
-    return dist.get_rank() if num_ranks() > 1 else 0
-
-
-@contextmanager
-def joined_ranks(device: str) -> Iterator[torch.device]:
-    """Join the processes that `torchrun` started, if it did, and give the device that this one trains on.
-
-    Where a framework has joined them already, such as Ray Train, nothing is left to do."""
-    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
-    except RuntimeError as error:
-        raise SpecError(f"run.device is {device!r}; torch knows no such device. Give auto, cuda or cpu.") from error
-    if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise SpecError("run.device is 'cuda', but torch finds no GPU. Set it to auto or cpu.")
-        torch.cuda.set_device(chosen)
-    joins = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
-    if joins:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    try:
-        yield chosen
-    finally:
-        if joins:
-            dist.destroy_process_group()
-
-
-@torch.no_grad()
-def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over all processes, in one message."""
-    if num_ranks() == 1:
-        return
-    gradients = [each.grad if each.grad is not None else torch.zeros_like(each) for each in parameters]
-    flat = torch.cat([each.flatten() for each in gradients])
-    dist.all_reduce(flat)
-    flat /= num_ranks()
-    for parameter, mean in zip(parameters, torch.split(flat, [each.numel() for each in gradients]), strict=True):
-        parameter.grad = mean.view_as(parameter)
-
-
-@torch.no_grad()
-def _copy_from_first_rank(module: nn.Module) -> None:
-    if num_ranks() > 1:
-        tensors: Iterable[Tensor] = module.state_dict().values()
-        for each in tensors:
-            dist.broadcast(each, 0)
 
 
 def _pictures(frames_BTHWC: Tensor) -> Tensor:

@@ -136,6 +136,32 @@ def train(
     typer.echo(f"Wrote {tokenizer}; use it with: bsq tokenize SHARDS... --tokenizer {tokenizer} --out DIR")
 
 
+@app.command(rich_help_panel="Compress")
+def train_prior(
+    config: Annotated[
+        Path,
+        typer.Argument(metavar="TRAIN.YAML", help="Settings of the run (docs/compression.md).", show_default=False),
+    ],
+    resume: Annotated[
+        bool, switch("--resume", "Go on with the run in its folder, or begin it. Left out: the folder must be new.")
+    ] = False,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out", metavar="DIR", help="Folder of the run. Left out: what the file names.", show_default=False
+        ),
+    ] = None,
+    storage_option: StorageOptions = None,
+) -> None:
+    """Train a prior on datasets of tokens, for `bsq compress`; under torchrun on several devices.
+
+    A signal ends the run with everything saved."""
+    from jobs.train_prior import train_prior as train_on_tokens
+
+    prior = train_on_tokens(config, resume=resume, out=out, storage_options=storage_options(storage_option or ()))
+    typer.echo(f"Wrote {prior}; use it with: bsq compress INPUT... --prior {prior} --out DIR")
+
+
 @app.command(rich_help_panel="Make a tokenizer")
 def evaluate(
     tokenizer: Annotated[

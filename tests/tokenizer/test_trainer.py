@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from schemas.errors import CheckpointError, Interrupted, SpecError
 from tests.tiny_training import CPU, frames, settings
 from tokenizer.checkpoint import from_pretrained, save_checkpoint
+from tokenizer.train_loop import TrainingDiverged
 from tokenizer.train_state import find_states, load_state
 from tokenizer.train_step import CodeUsage, Learner, starting_model
-from tokenizer.trainer import Trainer, TrainingDiverged, held_batches
+from tokenizer.trainer import Trainer, held_batches
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -246,7 +247,7 @@ def test_a_video_run_starts_from_an_image_tokenizer_with_its_output_unchanged(tm
 def _rank(number, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(number), WORLD_SIZE="2")
     torch.set_num_threads(1)
-    from tokenizer.train_step import joined_ranks
+    from tokenizer.ranks import joined_ranks
 
     config = settings("no-lpips", **FULL, optimizer={"steps": 3, "batch_images": 2, "batch_clips": 1})
     with joined_ranks("cpu"):
@@ -256,7 +257,7 @@ def _rank(number, port, folder):
 
 def _gradients(config, path):
     """The averaged gradients of one batch, at given weights."""
-    from tokenizer.train_step import average_gradients
+    from tokenizer.ranks import average_gradients
 
     # A weight that makes the code average matter.
     config = replace(config, losses=replace(config.losses, entropy_weight=1.0, adversarial_weight=0.0))

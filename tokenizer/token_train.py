@@ -1,0 +1,304 @@
+"""Training of models over tokens: settings, batches, one update, and the run of a prior.
+
+Shape letters: B batch, T frames, h w the grid, L bits per token."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from schemas.errors import SpecError
+from tokenizer.ema import MovingAverage
+from tokenizer.optimizers import make_optimizers
+from tokenizer.prior import TokenPrior
+from tokenizer.prior_checkpoint import build_prior, read_prior, save_prior
+from tokenizer.prior_config import prior_preset
+from tokenizer.ranks import average_gradients, compute_dtype, copy_from_first_rank
+from tokenizer.schedule import clip_gradients, learning_rate_factor
+from tokenizer.train_config import (
+    LearningPart,
+    LoopPart,
+    build_settings,
+    check_loop,
+    require_at_least,
+    require_same_settings,
+)
+from tokenizer.train_curve import draw_curve
+from tokenizer.train_log import Observer
+from tokenizer.train_loop import BatchSource, TrainLoop
+from tokenizer.train_state import TrainState, load_optimizer, optimizer_tensors
+
+FREE_SETTINGS = {
+    "model.init_from", "optimizer.steps", "run.device", "run.log_every", "run.picture_every", "run.save_every",
+    "run.validate_every", "run.keep_last",
+}  # fmt: skip
+"""What may differ between a run and its continuation."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PriorPart:
+    """Which prior is trained; tokens and grid are those of the data."""
+
+    preset: str = "prior-small"
+    """Sizes to begin with."""
+    init_from: str | None = None
+    """Folder or URL of a prior whose weights are the start; it decides the sizes then."""
+    max_frames: int | None = None
+    """The most frames of a clip; None: as many as the longest of the data."""
+    context_frames: int | None = None
+    """Frames of tokens that one is predicted from; None, here and below: as in the preset."""
+    width: int | None = None
+    layers: int | None = None
+    heads: int | None = None
+    head_width: int | None = None
+    group_size: int | None = None
+    """Bits of a symbol; None: the group size of the data's tokenizer."""
+    dropout: float = 0.1
+    """Of both branches of a block, while training."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenLearningPart(LearningPart):
+    """How a model over tokens learns."""
+
+    method: Literal["adamw", "muon"] = "muon"
+    steps: int = 20_000
+    batch: int = 32
+    """Clips in a batch of one process."""
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup_steps: int = 200
+    warmup_from: float = 0.0
+    cosine_to: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PriorTrainConfig:
+    """A whole run, except where its tokens come from."""
+
+    model: PriorPart = field(default_factory=PriorPart)
+    optimizer: TokenLearningPart = field(default_factory=TokenLearningPart)
+    run: LoopPart = field(default_factory=LoopPart)
+
+    def __post_init__(self) -> None:
+        check_loop(self.optimizer, self.run)
+        require_at_least({"optimizer.batch": (self.optimizer.batch, 1)})
+        if not 0 <= self.model.dropout < 1:
+            raise SpecError(f"model.dropout is {self.model.dropout}; it must be from 0 to below 1.")
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """The config as JSON types."""
+        return dataclasses.asdict(self)
+
+    def require_same_run(self, saved: dict[str, Any], where: str) -> bool:
+        """Raise SpecError where `saved`, in JSON types, is another run; return whether only its end has moved."""
+        return require_same_settings(saved, self.to_json_dict(), FREE_SETTINGS, where)
+
+
+def prior_train_config(values: object, where: str = "training config") -> PriorTrainConfig:
+    """Read a mapping of settings.  Raises SpecError, in one line, for an unknown name or an impossible value."""
+    config: PriorTrainConfig = build_settings(PriorTrainConfig, values, where)
+    return config
+
+
+@dataclass(frozen=True, slots=True)
+class TokenKind:
+    """What the tokens of the data are."""
+
+    bits: int
+    group_size: int
+    grid: tuple[int, int]
+    max_frames: int
+    tokenizer_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """`bits` bool [B, T, h, w, L]; `mask` bool [B, T], False for frames that only pad, None where there are none."""
+
+    bits: Tensor
+    mask: Tensor | None = None
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> TokenBatch:
+        mask = None if self.mask is None else self.mask.to(device, non_blocking=non_blocking)
+        return TokenBatch(self.bits.to(device, non_blocking=non_blocking), mask)
+
+    def __len__(self) -> int:
+        return len(self.bits)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens without padding."""
+        frames = self.bits.shape[0] * self.bits.shape[1] if self.mask is None else int(self.mask.sum())
+        return frames * self.bits.shape[2] * self.bits.shape[3]
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class TokenLearner(ABC, Generic[Model]):
+    """A model over tokens, its moving average and its optimiser; what it learns is told by a subclass."""
+
+    def __init__(self, learning: LearningPart, loop: LoopPart, model: Model, device: torch.device) -> None:
+        self.model = model.to(device).train()
+        copy_from_first_rank(self.model)
+        self.average = MovingAverage(self.model, learning.ema)
+        self.optimizer = make_optimizers(self.model, learning)
+        self._learning, self._device, self._dtype = learning, device, compute_dtype(loop, device)
+
+    @abstractmethod
+    def losses(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Scalars by name; `loss` is what is made small."""
+
+    def update(self, batch: TokenBatch, step: int) -> dict[str, Tensor]:
+        """Learn from one batch; gradients that are not finite change nothing, and `skipped` is 1."""
+        part = self._learning
+        rate = part.learning_rate * learning_rate_factor(
+            step,
+            warmup_steps=part.warmup_steps,
+            warmup_from=part.warmup_from,
+            total_steps=part.steps,
+            cosine_to=part.cosine_to,
+        )
+        self.optimizer.set_learning_rate(rate)
+        with self.autocast():
+            metrics = self.losses(batch)
+        torch.autograd.backward(metrics["loss"])
+        parameters = list(self.model.parameters())
+        average_gradients(parameters)
+        metrics["grad_norm"] = clip_gradients(parameters, part.clip_norm)
+        finite = bool(metrics["grad_norm"].isfinite())
+        if finite:
+            self.optimizer.step()
+            self.average.update(self.model)
+        self.optimizer.zero_grad()
+        metrics["skipped"] = torch.tensor(float(not finite))
+        metrics["learning_rate"] = torch.tensor(rate)
+        return {name: value.detach() for name, value in metrics.items()}
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The arithmetic of the run."""
+        return nullcontext() if self._dtype == torch.float32 else torch.autocast(self._device.type, self._dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that learns and what its optimiser remembers, by dotted name."""
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"ema.{name}": value for name, value in self.average.state().items()}
+        return tensors | {f"optimizer.{name}": value for name, value in optimizer_tensors(self.optimizer).items()}
+
+    def load(self, state: TrainState) -> None:
+        """Put back what `tensors` gave."""
+        self.model.load_state_dict(state.part("model"))
+        self.average.load(state.part("ema"), state.values["ema_updates"])
+        load_optimizer(self.optimizer, state.part("optimizer"))
+
+
+class PriorLearner(TokenLearner[TokenPrior]):
+    """Learns to give high probabilities to tokens."""
+
+    def losses(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """The mean over tokens of -log2 p: bits that a token takes."""
+        return {"loss": bits_of_tokens(self.model, batch).sum() / batch.num_tokens}
+
+
+class PriorTrainer(TrainLoop[TokenBatch]):
+    """One run of training a prior.  Writes OUT/prior/, the newest, OUT/best/ and OUT/curve.svg."""
+
+    newest = "prior"
+
+    def __init__(
+        self,
+        config: PriorTrainConfig,
+        kind: TokenKind,
+        batches: BatchSource[TokenBatch],
+        out: str | os.PathLike[str],
+        *,
+        device: torch.device | str = "cpu",
+        validation: Mapping[str, Sequence[TokenBatch]] | None = None,
+        observer: Observer = lambda report: None,
+    ) -> None:
+        """`validation`: batches by the name of their data."""
+        device = torch.device(device)
+        self.learner = PriorLearner(config.optimizer, config.run, starting_prior(config, kind), device)
+        super().__init__(config, self.learner, batches, out, device=device, observer=observer)
+        self._validation = validation or {}
+
+    def export(self, name: str) -> None:
+        """Write the prior."""
+        save_prior(self.learner.model, self.out / name)
+
+    def draw(self, batch: TokenBatch) -> None:
+        """The curve of bits per token, as SVG."""
+        draw_curve(
+            self.out / "log.jsonl", self.out / "curve.svg", "bits per token", batch.bits.shape[-1], ("loss", "val_bits")
+        )
+
+    @torch.no_grad()
+    def measure(self) -> tuple[dict[str, float], float]:
+        """Bits that a token of each kind of validation data takes, and of all together, which ranks."""
+        self.learner.model.eval()
+        values: dict[str, float] = {}
+        total_bits, total_tokens = 0.0, 0
+        for name, batches in self._validation.items():
+            bits, tokens = 0.0, 0
+            for batch in batches:
+                on_device = batch.to(self.device)
+                with self.learner.autocast():
+                    bits += float(bits_of_tokens(self.learner.model, on_device).double().sum())
+                tokens += batch.num_tokens
+            values[f"val_bits_{name}"] = bits / tokens
+            total_bits, total_tokens = total_bits + bits, total_tokens + tokens
+        self.learner.model.train()
+        if values:
+            values["val_bits"] = total_bits / total_tokens
+        return values, -values.get("val_bits", math.inf)
+
+
+def bits_of_tokens(prior: TokenPrior, batch: TokenBatch) -> Tensor:
+    """-log2 p of each token, fp32 [B, T, h, w], 0 where the batch only pads; with gradients."""
+    bits_BThw = prior.log_prob(batch.bits) * (-1 / math.log(2))
+    return bits_BThw if batch.mask is None else bits_BThw * batch.mask[..., None, None]
+
+
+def starting_prior(config: PriorTrainConfig, kind: TokenKind) -> TokenPrior:
+    """The prior at step 0, for tokens of `kind`.  Raises SpecError where `model.init_from` is for other tokens."""
+    part = config.model
+    max_frames = part.max_frames or kind.max_frames
+    if part.init_from is not None:
+        prior = build_prior(read_prior(part.init_from)).requires_grad_(True)
+        prior.dropout = part.dropout
+        sizes = prior.config
+        if (sizes.bits_per_token, sizes.grid) != (kind.bits, kind.grid) or sizes.max_frames < max_frames:
+            raise SpecError(
+                f"model.init_from: {part.init_from} is for tokens of {sizes.bits_per_token} bits on a grid of "
+                f"{sizes.grid} in clips of up to {sizes.max_frames} frames; the data has {kind.bits}, {kind.grid} and "
+                f"{max_frames}."
+            )
+        prior.config = dataclasses.replace(sizes, tokenizer_sha256=kind.tokenizer_sha256)
+        return prior
+    given: dict[str, Any] = {
+        name: getattr(part, name)
+        for name in ("context_frames", "width", "layers", "heads", "head_width")
+        if getattr(part, name) is not None
+    }
+    if given:
+        given["preset"] = "custom"
+    sizes = dataclasses.replace(
+        prior_preset(part.preset),
+        **given,
+        bits_per_token=kind.bits,
+        group_size=part.group_size or kind.group_size,
+        grid=kind.grid,
+        max_frames=max_frames,
+        tokenizer_sha256=kind.tokenizer_sha256,
+    )
+    return TokenPrior(sizes, seed=config.run.seed, dropout=part.dropout)

@@ -1,0 +1,324 @@
+"""The loop that trains a model from an endless source of batches: its log, states, moving average and signals.
+
+    OUT/config.json            the run's settings
+    OUT/log.jsonl              one line for every log interval, and one for each validation
+    OUT/states/state-N.safetensors   everything that a resumed run needs, the last few
+    OUT/best/                  the averaged weights of the best validation
+
+What is trained is told by a subclass.  The run is the same whether it was interrupted or not: on a CPU its losses are
+equal to the last digit."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Generic, Protocol, Self, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from schemas.errors import BsqError, Interrupted, SpecError, printable
+from tokenizer.ema import MovingAverage
+from tokenizer.ranks import num_ranks, rank
+from tokenizer.train_config import LearningPart, LoopPart
+from tokenizer.train_log import Observer, StepLog, TrainReport
+from tokenizer.train_state import (
+    TrainState,
+    find_states,
+    load_random,
+    load_state,
+    random_tensors,
+    save_state,
+    state_path,
+)
+
+MAX_SKIPPED_IN_A_ROW = 20
+"""Updates without a finite gradient before the run ends: by then the weights themselves are the likely cause."""
+
+
+class TrainingDiverged(BsqError):
+    """Losses or gradients are no numbers any more."""
+
+
+class Batch(Protocol):
+    """Samples that one update learns from."""
+
+    def to(self, device: torch.device, *, non_blocking: bool = ...) -> Self: ...
+
+    def __len__(self) -> int: ...
+
+
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
+Drawn = TypeVar("Drawn", bound=Batch, covariant=True)
+Learned = TypeVar("Learned", bound=Batch, contravariant=True)
+
+
+class BatchSource(Protocol[Drawn]):
+    """What a loop draws from, for ever."""
+
+    def next_batch(self) -> Drawn:
+        """The next batch of this process."""
+
+    def state(self) -> dict[str, Any]:
+        """Where the next batch begins, as JSON types."""
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from `state()`.  Raises SpecError where it belongs to other data."""
+
+
+class LoopConfig(Protocol):
+    """The settings that every run has."""
+
+    @property
+    def optimizer(self) -> LearningPart: ...
+    @property
+    def run(self) -> LoopPart: ...
+    def to_json_dict(self) -> dict[str, Any]: ...
+    def require_same_run(self, saved: dict[str, Any], where: str) -> bool: ...
+
+
+class LoopLearner(Protocol[Learned]):
+    """What learns: a model, its moving average, and optimisers."""
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def average(self) -> MovingAverage: ...
+    def update(self, batch: Learned, step: int, /) -> dict[str, Tensor]:
+        """Learn from one batch; returns scalars, of which `skipped` is 1 where a gradient was not finite."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All state by dotted name."""
+
+    def load(self, state: TrainState) -> None:
+        """Put back what `tensors` gave."""
+
+
+class TrainLoop(ABC, Generic[AnyBatch]):
+    """One run of training."""
+
+    def __init__(
+        self,
+        config: LoopConfig,
+        learner: LoopLearner[AnyBatch],
+        batches: BatchSource[AnyBatch],
+        out: str | os.PathLike[str],
+        *,
+        device: torch.device,
+        observer: Observer,
+    ) -> None:
+        """In several processes each has its own `batches`; the first alone writes and is observed."""
+        self.step = 0
+        """Updates done."""
+        self.out, self.device = Path(out), device
+        self._config, self._learner, self._batches = config, learner, batches
+        self._is_first = rank() == 0
+        self._observer: Observer = observer if self._is_first else lambda report: None
+        self._best = -math.inf
+        self._stop = False
+        self._skipped = 0
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._samples = 0
+
+    @abstractmethod
+    def export(self, name: str) -> None:
+        """Write the model, which holds the averaged weights now, into folder `name` of the run."""
+
+    @abstractmethod
+    def measure(self) -> tuple[dict[str, float], float]:
+        """Validate: values by name, none without validation data; and how good that is, more is better."""
+
+    @abstractmethod
+    def draw(self, batch: AnyBatch) -> Path | None:
+        """Draw how far the run is, and return a PNG to show, if it is one; `batch` is the last that was learnt from."""
+
+    def take_interval(self) -> tuple[dict[str, float], dict[str, Any]]:
+        """What else is known of the log interval that ends: values to show, and what the log gets of them."""
+        return {}, {}
+
+    def stop(self) -> None:
+        """Ask the run to save and end after the update that it is at."""
+        self._stop = True
+
+    def begin(self, *, resume: bool) -> None:
+        """Take the output folder: a new one, or with `resume` also one that holds a run, which goes on.
+
+        Raises SpecError where the folder holds a run and `resume` was not asked for, or one with other settings."""
+        states = find_states(self.out / "states")
+        if states and not resume:
+            raise SpecError(f"{printable(str(self.out))} holds a run. Add --resume to go on, or name another folder.")
+        if states:
+            self._restore(load_state(states[-1]), states[-1])
+            self.tell(f"Going on after step {self.step:,}.")
+        if self._is_first:
+            self.out.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(self._config.to_json_dict(), indent=2) + "\n"
+            (self.out / "config.json").write_text(text, encoding="utf-8")
+            self._log = StepLog(self.out / "log.jsonl", self.step)
+
+    def run(self) -> None:
+        """Train to the last step.  Raises Interrupted after a signal, with everything saved, or TrainingDiverged."""
+        run, steps = self._config.run, self._config.optimizer.steps
+        begun, first, logged = time.monotonic(), self.step, time.monotonic()
+        while self.step < steps:
+            batch = self._batches.next_batch().to(self.device, non_blocking=True)
+            self._collect(self._learner.update(batch, self.step), len(batch))
+            self.step += 1
+            if self.step % run.log_every == 0 or self.step == steps:
+                now = time.monotonic()
+                eta = (now - begun) / (self.step - first) * (steps - self.step)
+                self._report(now - logged, eta)
+                logged = now
+            if self.step % run.picture_every == 0 or self.step == steps:
+                self._draw(batch)
+            if self.step % run.validate_every == 0 or self.step == steps:
+                self._validate()
+            stopped = self._stop_asked()
+            if self.step % run.save_every == 0 or self.step == steps or stopped:
+                self.save()
+            if stopped and self.step < steps:
+                raise Interrupted(
+                    f"Saved after step {self.step:,} of {steps:,}. Add --resume to go on: {printable(str(self.out))}"
+                )
+
+    def save(self) -> None:
+        """Write the training state and the averaged weights."""
+        sources: list[Any] = [self._batches.state()]
+        if num_ranks() > 1:
+            sources = [None] * num_ranks()
+            dist.all_gather_object(sources, self._batches.state())
+        if not self._is_first:
+            return
+        tensors = self._learner.tensors()
+        tensors |= {f"random.{name}": value for name, value in random_tensors().items()}
+        values = {
+            "step": self.step,
+            "ema_updates": self._learner.average.num_updates,
+            "best": self._best if math.isfinite(self._best) else None,
+            "config": self._config.to_json_dict(),
+            "batches": sources,
+        }
+        save_state(
+            state_path(self.out / "states", self.step), TrainState(tensors, values), keep=self._config.run.keep_last
+        )
+        with self.averaged():
+            self.export(self.newest)
+
+    newest = "newest"
+    """Folder of the newest averaged weights."""
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model with the averaged weights, for a while."""
+        with ExitStack() as stack:
+            if self._config.optimizer.ema:
+                stack.enter_context(self._learner.average.applied(self._learner.model))
+            yield
+
+    def tell(self, line: str) -> None:
+        """Say something to whoever watches."""
+        self._observer(TrainReport(self.step, self._config.optimizer.steps, line=line))
+
+    def _restore(self, state: TrainState, path: Path) -> None:
+        if self._config.require_same_run(state.values["config"], printable(str(path))):
+            self.tell(f"The run ends at step {self._config.optimizer.steps:,} now; the schedule follows.")
+        self._learner.load(state)
+        load_random(state.part("random"))
+        self.step = state.values["step"]
+        self._best = -math.inf if state.values["best"] is None else state.values["best"]
+        sources = state.values["batches"]
+        same = all(source == sources[0] for source in sources)
+        if len(sources) != num_ranks() and not same:
+            raise SpecError(
+                f"{printable(str(path))}: saved by {len(sources)} processes whose data are at different places; "
+                f"there are {num_ranks()} now. Resume with as many."
+            )
+        self._batches.load(sources[0] if same else sources[rank()])
+
+    def _collect(self, metrics: dict[str, Tensor], num_samples: int) -> None:
+        self._samples += num_samples * num_ranks()
+        if float(metrics["skipped"]):
+            self._skipped += 1
+            if self._skipped == 1:
+                self.tell(
+                    "A gradient is not finite (NaN or infinity): the update was left out. If this goes on, lower "
+                    "optimizer.learning_rate or set run.dtype to float32."
+                )
+            if self._skipped == MAX_SKIPPED_IN_A_ROW:
+                raise TrainingDiverged(
+                    f"No finite gradient in {self._skipped} updates up to step {self.step:,}. Resume from the last "
+                    "state in a new folder with a lower optimizer.learning_rate, or with run.dtype float32."
+                )
+            return
+        self._skipped = 0
+        for name, value in metrics.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def _report(self, seconds: float, eta_seconds: float) -> None:
+        values = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        values["samples_per_second"] = self._samples / max(seconds, 1e-9)
+        self._sums, self._counts, self._samples = {}, {}, 0
+        shown, logged = self.take_interval()
+        if self._is_first:
+            self._log.write(self.step, {**values, **logged})
+        self._observer(TrainReport(self.step, self._config.optimizer.steps, {**values, **shown}, eta_seconds))
+
+    def _draw(self, batch: AnyBatch) -> None:
+        if self._is_first and (path := self.draw(batch)) is not None:
+            self._observer(TrainReport(self.step, self._config.optimizer.steps, picture=path))
+
+    def _validate(self) -> None:
+        if not self._is_first:
+            return
+        with self.averaged():
+            values, score = self.measure()
+        if not values:
+            return
+        self._log.write(self.step, values)
+        self._observer(TrainReport(self.step, self._config.optimizer.steps, values))
+        if score > self._best:
+            self._best = score
+            with self.averaged():
+                self.export("best")
+
+    def _stop_asked(self) -> bool:
+        if num_ranks() == 1:
+            return self._stop
+        # Whichever process heard the signal, all end after the same step.
+        flag = torch.tensor(float(self._stop), device=self.device)
+        dist.all_reduce(flag)
+        return bool(flag)
+
+
+class Stoppable(Protocol):
+    """What a signal can ask to end."""
+
+    def stop(self) -> None:
+        """Save and end soon."""
+
+
+@contextmanager
+def stopping_on_signals(trainer: Stoppable) -> Iterator[None]:
+    """Let SIGTERM and SIGINT end the run with everything saved; a second signal ends it at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        trainer.stop()
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
