@@ -13,7 +13,7 @@ import typer
 from typer.models import CommandInfo
 
 # Importing a module adds its commands.
-from jobs.commands import app, cluster, demo, export, look, model, plan, report, retry, tokenize  # noqa: F401
+from jobs.commands import app, cluster, compress, demo, export, look, model, plan, report, retry, tokenize  # noqa: F401
 from jobs.commands.options import switch
 from schemas.errors import BsqError
 
@@ -24,6 +24,7 @@ PANELS = (
     "Use a dataset",
     "Use the tokens",
     "Make a tokenizer",
+    "Compress",
     "Run on a cluster",
 )
 """Of the help, in the order in which somebody new needs them."""

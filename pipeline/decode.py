@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -76,15 +77,23 @@ class Decoder:
         """Return the whole picture, or the first frame of a video, upright in sRGB: uint8 [height, width, 3].
 
         The same decoding and policies as `views`, without box and resize."""
+        for _, pixels_HWC in self.upright_frames(media, "source"):
+            return pixels_HWC
+        raise AssertionError("pick_frames yields a frame or raises")
+
+    def upright_frames(self, media: Member, fps: float | Literal["source"]) -> Iterator[tuple[float, Pixels]]:
+        """Yield the seconds and the whole of each frame, as `upright` gives it; a picture is one frame at 0."""
         payload = _payload(media)
         if media_kind(media) == "image":
             picture = self._decode_picture(payload)
             pixels_HWC = _upright(picture.pixels_HWC, picture.orientation)
-            return colour.apply_transform(picture.to_srgb, pixels_HWC) if picture.to_srgb else pixels_HWC
+            yield 0.0, colour.apply_transform(picture.to_srgb, pixels_HWC) if picture.to_srgb else pixels_HWC
+            return
         deadline = Deadline(self._limits.decode_timeout_seconds)
-        for picked in pick_frames(payload, "source", self._limits, deadline):
-            return _upright(self._square_pixels(picked), picked.info.orientation)
-        raise AssertionError("pick_frames yields a frame or raises")
+        for picked in pick_frames(payload, fps, self._limits, deadline):
+            frame_HWC = _upright(self._square_pixels(picked), picked.info.orientation)
+            with deadline.paused():
+                yield picked.seconds, frame_HWC
 
     def _decode_picture(self, payload: bytes) -> Picture:
         return decode_picture(payload, self._limits, keep_truncated=self._preprocess.truncated == "keep")

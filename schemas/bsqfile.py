@@ -28,7 +28,8 @@ MAX_SIDE = 65_535
 MAX_FRAMES = 1 << 16
 MAX_ITEM_PIXELS = 1 << 27
 """Of one picture, or of all frames of one clip: 400 MB decoded."""
-MAX_CLIPS = 1 << 22
+MAX_TOKENS = 1 << 27
+"""Of a whole file: 300 MB packed, at 18 bits."""
 MAX_NAME_BYTES = 1024
 MAX_BITS, MAX_GRID_SIDE, MAX_PATCH = 64, 255, 4096
 
@@ -234,8 +235,8 @@ def _check(file: BsqFile, where: str, *, streams: bool = True) -> None:
         tiles = file.tiles(item)
         if tiles[0] * tile[0] * tiles[1] * tile[1] * item.frames > MAX_ITEM_PIXELS:
             raise StreamError(f"{shown} {size}, in tiles; at most {MAX_ITEM_PIXELS:,} pixels in all.")
-    if file.num_clips > MAX_CLIPS:
-        raise StreamError(f"{where}: {file.num_clips:,} clips; at most {MAX_CLIPS:,}. Make several packs.")
+    if file.num_tokens > MAX_TOKENS:
+        raise StreamError(f"{where}: {file.num_tokens:,} tokens; at most {MAX_TOKENS:,}. Make several files.")
     if streams and len(file.streams) != file.num_streams:
         raise StreamError(f"{where}: {len(file.streams)} streams in the place of {file.num_streams}.")
 

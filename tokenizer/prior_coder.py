@@ -14,11 +14,11 @@ Shape letters: B lanes, T frames, h w the grid, M tokens of a clip, L bits per t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,16 @@ class StreamClips:
         return self.first_lane + len(self.frames)
 
 
+def cut_runs(frames: Sequence[int], first_lane: int, lanes: int) -> list[StreamClips]:
+    """Lay clips into lanes from `first_lane` on; at the last lane they go on in lane 0 of the next block."""
+    bounds = [0, *range(lanes - first_lane, len(frames), lanes), len(frames)]
+    return [
+        StreamClips(0 if start else first_lane, tuple(frames[start:end]))
+        for start, end in pairwise(bounds)
+        if end > start
+    ]
+
+
 Block = Sequence[StreamClips]
 """Streams whose clips are coded side by side; their lanes do not overlap."""
 
@@ -73,11 +83,11 @@ class PriorCoder:
         on_cpu = prior.place.device.type == "cpu"
         self._threads = (threads or len(os.sched_getaffinity(0))) if on_cpu else 1
 
-    def encode(self, blocks: Sequence[tuple[Block, Sequence[Sequence[Bits]]]]) -> Iterator[list[bytes]]:
+    def encode(self, blocks: Iterable[tuple[Block, Sequence[Sequence[Bits]]]]) -> Iterator[list[bytes]]:
         """The streams of each block, given the bits of the clips of each of its streams."""
         return self._each(lambda pair: self._encode_block(*pair), blocks)
 
-    def decode(self, blocks: Sequence[tuple[Block, Sequence[bytes]]]) -> Iterator[list[list[Bits]]]:
+    def decode(self, blocks: Iterable[tuple[Block, Sequence[bytes]]]) -> Iterator[list[list[Bits]]]:
         """The bits of the clips of each stream of each block."""
         return self._each(lambda pair: self._decode_block(*pair), blocks)
 
@@ -156,14 +166,16 @@ class PriorCoder:
         if overlap or ordered[0].first_lane < 0 or ordered[-1].end_lane > self.lanes:
             raise SpecError(f"the clips of a block do not fit {self.lanes} lanes.")
 
-    def _each(self, work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    def _each(self, work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         if self.prior.place.device.type != "cpu":
             yield from map(work, items)
             return
         # One thread for a block: sums come out the same however many CPUs there are, and blocks run side by side.
         pool = ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(1,))
         with _one_thread(), pool:
-            yield from pool.map(work, items)
+            remaining = iter(items)
+            while window := list(islice(remaining, 2 * self._threads)):
+                yield from pool.map(work, window)
 
 
 def frequencies(logits_BK: Tensor) -> Weights:
