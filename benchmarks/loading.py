@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.token_rows import FINGERPRINT, TokenRows
 from pipeline import TokenDataset, TokenLoader
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from schemas.manifest import MANIFEST_SCHEMA, ManifestSummary, serialise_manifest
 
 BATCH = 256
@@ -122,7 +122,7 @@ def write_simulated_manifest(out: Path, num_files: int, rows_per_file: int = 10_
         complete=True,
         created_by="benchmarks/loading.py",
     )
-    storage = Storage(str(out))
+    storage = open_storage(str(out))
     storage.publish("job.json", rows.job().model_dump_json().encode())
     storage.publish("manifest/0000.parquet", data)
     storage.publish("manifest/0000.json", summary.model_dump_json().encode())

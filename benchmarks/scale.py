@@ -32,7 +32,7 @@ import jobs.start
 from jobs.runner import Death
 from pipeline.dataset_files import ledger_folder, read_ledger, read_manifest
 from pipeline.messages import Activity, Assignment, Heartbeat, Message, ShardCommitted, ShardFailed
-from pipeline.storage import Storage
+from pipeline.storage import Storage, open_storage
 from schemas.errors import Interrupted, MediaTruncated
 from schemas.failures import Failure, serialise_failures
 from schemas.jobspec import parse_spec
@@ -222,7 +222,7 @@ def phase_begin(out: str, num_shards: int) -> dict[str, Any]:
 
 def phase_scan(out: str, num_shards: int) -> dict[str, Any]:
     began, cpu = time.perf_counter(), time.process_time()
-    state = read_ledger(Storage(out), 0, keep_commits=False)
+    state = read_ledger(open_storage(out), 0, keep_commits=False)
     return {
         "seconds": time.perf_counter() - began,
         "cpu_seconds": time.process_time() - cpu,
@@ -258,7 +258,7 @@ def phase_resume(out: str, num_shards: int) -> dict[str, Any]:
 
 def phase_manifest(out: str, num_shards: int) -> dict[str, Any]:
     began, cpu = time.perf_counter(), time.process_time()
-    manifest = read_manifest(Storage(out))
+    manifest = read_manifest(open_storage(out))
     assert manifest is not None
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
     shards = manifest.table["shard"].to_numpy()

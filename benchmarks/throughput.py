@@ -44,7 +44,7 @@ from pipeline.dataset_files import read_ledger
 from pipeline.decode import Decoder
 from pipeline.encode import PendingBatch, open_encoder
 from pipeline.sample import Member
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from schemas.job import Job
 from schemas.jobspec import JobSpec, parse_spec
 
@@ -145,7 +145,7 @@ def job_rate(spec: JobSpec, kind: Any) -> tuple[float, float, float]:
     """Images per second, CPU milliseconds per image (driver and workers), and start-up seconds of a whole job."""
     began = time.monotonic()
     beginning = resolve(spec, gpus=spec.device == "cuda", storage_options={})
-    storage = Storage(spec.out)
+    storage = open_storage(spec.out)
     lease = take_lease(storage)
     write_beginning(storage, beginning)
     ledger = read_ledger(storage, 0)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from schemas.job import Job, TokenizerRecord
 from schemas.jobspec import JobSpec
 from schemas.ledger import Commit, SourceRecord
@@ -60,7 +60,7 @@ class TokenRows:
             (out / name).write_bytes(encoded.data)
             commits.append(self._commit(shard, name, sha256, len(encoded.data), keys, encoded.row_groups))
             commits[-1] = commits[-1].model_copy(update={"tokens_offset": encoded.tokens_offset})
-        storage = Storage(str(out))
+        storage = open_storage(str(out))
         table = manifest_table((commit, f"shard-{commit.shard:07d}.tar", 0) for commit in commits)
         data = serialise_manifest(table)
         storage.publish("job.json", self.job().model_dump_json().encode())

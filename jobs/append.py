@@ -10,9 +10,10 @@ from jobs.finish import is_finished
 from jobs.generation import begin_generation, changed_selection, kept_selection, open_generation
 from jobs.outcome import JobOutcome
 from jobs.start import Execution, RunnerKind, holding_lease, run_generation
+from pipeline.credentials import printable_url
 from pipeline.dataset_files import read_job
 from pipeline.generations import Plan, command_of, list_begun, read_generation, read_plans
-from pipeline.storage import Storage, printable_url
+from pipeline.storage import Storage, open_storage
 from schemas.errors import Refused, SpecError
 from schemas.jobspec import JobSpec
 
@@ -31,7 +32,7 @@ def append_job(
     Settings that `spec` leaves at their defaults are the dataset's.  Raises SpecError when there is no dataset,
     FingerprintDiffers when other settings are asked for, Refused when it is not finished or has one of the shards."""
     options = storage_options or {}
-    storage = Storage(spec.out, options)
+    storage = open_storage(spec.out, options)
     job = read_job(storage)
     if job is None:
         raise SpecError(f"{storage.url}: there is no dataset here to add shards to. Leave --append out to begin one.")

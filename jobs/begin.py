@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from pipeline.credentials import printable_url
 from pipeline.dataset_files import JOB_NAME, plan_name, read_job, serialise_plan
 from pipeline.generations import list_begun, read_plans
 from pipeline.sources import expand_shards
-from pipeline.storage import Storage, printable_url
+from pipeline.storage import Storage
 from pipeline.stub import STUB_NAME, stub_record
 from schemas.errors import FingerprintDiffers, OutputNotOurs, Refused, SpecError
 from schemas.fingerprint import differing_fields, fingerprint, fingerprint_fields

@@ -25,10 +25,11 @@ from jobs.begin import created_by
 from jobs.evaluation_sheet import ShownItem, draw_items
 from jobs.share_bar import ShareBar
 from pipeline.codec_rates import Codec, Coded, CountedBytes, clip_codecs, code_nearest, picture_codecs
+from pipeline.credentials import printable_url
 from pipeline.decoded_clips import ClipReader, DecodedClip
 from pipeline.encode import choose_device
 from pipeline.sources import expand_shards
-from pipeline.storage import Storage, printable_url
+from pipeline.storage import open_storage
 from pipeline.training_batches import Complaints, usable_cpus
 from schemas.errors import CheckpointError, SpecError
 from schemas.evaluation import (
@@ -129,7 +130,7 @@ def evaluate(
         left_out=complaints.num_failed,
         results=[kind.record(pictures[kind.name]) for kind in kinds],
     )  # fmt: skip
-    Storage(str(Path(out).absolute())).publish(REPORT_FILE, report.model_dump_json(indent=2).encode() + b"\n")
+    open_storage(str(Path(out).absolute())).publish(REPORT_FILE, report.model_dump_json(indent=2).encode() + b"\n")
     return report
 
 
@@ -378,7 +379,7 @@ def _draw(
         items.append(ShownItem(word, item.key, item.clip, original_1THWC[0].numpy(), versions))
     name = f"{kind.name}.png"
     picture = draw_items(items, tokenizer, model.config, options.filter)
-    Storage(str(out.absolute())).publish(name, picture)
+    open_storage(str(out.absolute())).publish(name, picture)
     return name
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from itertools import islice
 from pathlib import Path
 
+from pipeline.credentials import printable_url
 from pipeline.dataset_files import JOB_NAME, read_job
-from pipeline.storage import Storage, printable_url
+from pipeline.storage import Storage
 from schemas.errors import SpecError
 from schemas.job import Job
 

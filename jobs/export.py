@@ -32,7 +32,7 @@ from pipeline.export_formats import (
     webdataset_bytes,
 )
 from pipeline.sequence import SequenceFormat
-from pipeline.storage import Storage
+from pipeline.storage import Storage, open_storage
 from schemas.errors import BsqError, OutputNotOurs, SpecError, nearest_name
 from schemas.fingerprint import differing_fields
 from schemas.job import Job
@@ -85,7 +85,7 @@ def export_dataset(
         raise SpecError(
             f"--to {target}: choose from {', '.join(get_args(Target))}.{nearest_name(target, get_args(Target))}"
         )
-    source, storage = Storage(dataset, storage_options), Storage(out, storage_options)
+    source, storage = open_storage(dataset, storage_options), open_storage(out, storage_options)
     job, manifest = read_job(source), read_manifest(source, generation)
     if job is None or manifest is None:
         raise SpecError(f"{source.url}: there is no finished dataset. See `bsq status {source.url}`.")

@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.begin import created_by
+from pipeline.credentials import HIDDEN, printable_url
 from pipeline.dataset_files import plan_name, read_manifest, read_required, serialise_plan
 from pipeline.generations import Plan, command_of, generation_name, read_generation, read_plans
 from pipeline.messages import Assignment, EarlierParts
 from pipeline.steps import reached
-from pipeline.storage import HIDDEN, Storage, printable_url
+from pipeline.storage import Storage
 from schemas.errors import BsqError, LeaseLost, Refused
 from schemas.job import GenerationKind, GenerationRecord, Job
 from schemas.jobspec import JobSpec, selection_differences

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs.display import describe_bytes
+from pipeline.credentials import printable_url
 from pipeline.dataset_files import (
     JOB_NAME,
     LEASE_NAME,
@@ -27,7 +28,7 @@ from pipeline.dataset_files import (
 )
 from pipeline.generations import command_of, list_begun, read_generation
 from pipeline.parquet import PARQUET_ERRORS, open_parquet, read_parquet
-from pipeline.storage import Storage, printable_url
+from pipeline.storage import Storage, open_storage
 from schemas.errors import BsqError, SpecError
 from schemas.failures import FAILURE_SCHEMA
 from schemas.job import GenerationRecord, Job
@@ -49,13 +50,13 @@ def describe(url: str, storage_options: Mapping[str, Any] | None = None) -> str:
 
     Raises SpecError when there is nothing, BsqError when a file of ours is damaged."""
     url = url.rstrip("/") or url
-    storage = Storage(url, storage_options)
+    storage = open_storage(url, storage_options)
     if storage.exists(JOB_NAME):
         return _describe_dataset(storage)
     if storage.exists("config.json") and storage.exists("model.safetensors"):
         return _describe_tokenizer(storage)
     parent, slash, name = url.rpartition("/")
-    folder = Storage(parent or slash or ".", storage_options)
+    folder = open_storage(parent or slash or ".", storage_options)
     if name and folder.exists(name):
         described = _describe_file(folder, name)
         return described if slash else described.removeprefix("./")

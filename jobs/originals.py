@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.byte_stream import RetryPolicy
+from pipeline.credentials import HIDDEN
 from pipeline.decode import Decoder
 from pipeline.find_rows import FoundRow
 from pipeline.read_sample import SamplePlace, read_samples
 from pipeline.sample import ClipView
-from pipeline.storage import HIDDEN
 from schemas.errors import InputError, ShardForbidden, SourceChanged
 from schemas.job import Job
 

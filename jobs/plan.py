@@ -19,7 +19,7 @@ from jobs.local_runner import ChildRunner
 from jobs.placement import find_nodes, place_workers
 from pipeline.excerpt import Excerpt, cut_excerpt, stored_size
 from pipeline.messages import Assignment, Heartbeat, ShardCommitted, ShardFailed, WorkerBroken, WorkerSetup
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from schemas.errors import BsqError, ShardError, SpecError
 from schemas.jobspec import JobSpec
 from schemas.ledger import Commit
@@ -125,7 +125,7 @@ def plan_job(spec: JobSpec, *, seconds: float = 20.0, storage_options: dict[str,
             }
         )
         measured = resolve(measuring, gpus=here.gpus > 0, storage_options=options)
-        write_beginning(Storage(measuring.out), measured)
+        write_beginning(open_storage(measuring.out), measured)
         setup = WorkerSetup(
             name="plan",
             out=measuring.out,

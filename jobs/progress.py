@@ -27,7 +27,7 @@ from pipeline.dataset_files import (
 from pipeline.generations import command_of, list_begun, read_generation
 from pipeline.messages import Heartbeat
 from pipeline.parquet import PARQUET_ERRORS, read_parquet
-from pipeline.storage import Storage
+from pipeline.storage import Storage, open_storage
 from schemas.errors import BsqError
 from schemas.failures import POISON
 from schemas.job import GenerationKind
@@ -231,7 +231,7 @@ def read_status(out: str, storage_options: dict[str, Any] | None = None) -> Stat
     """How far the job in `out` is, read from the lease while it runs and from ledger or manifest otherwise.
 
     Raises SpecError when there is no job."""
-    storage = Storage(out, storage_options)
+    storage = open_storage(out, storage_options)
     job = existing_job(storage)
     generation = list_begun(storage)[-1]
     status = Status(

@@ -17,7 +17,7 @@ from PIL import Image
 from jobs.contact_sheet import Tile, draw_sheet, png_bytes
 from jobs.existing_job import existing_job
 from pipeline.find_rows import FoundRow, find_rows, like_keys, list_token_files, read_row, why_missing
-from pipeline.storage import Storage
+from pipeline.storage import Storage, open_storage
 from schemas.errors import SampleError, ShardError, SourceChanged, SpecError
 from schemas.job import Job
 
@@ -49,7 +49,7 @@ def reconstruct(
     The suffix of `target` chooses: .png, .jpg or .webp for pictures; .mp4, .gif or .png (all frames on one sheet) for
     clips.  Without it the file is named after the key, in the working folder.  Raises SpecError for a key that is not
     there (naming ones like it) or that several shards have (naming them), and for a tokenizer that cannot decode."""
-    storage = Storage(out, storage_options)
+    storage = open_storage(out, storage_options)
     job = _read_decodable_job(storage)
     row = _choose_row(storage, key, clip, view, shard, generation)
     is_clip = row.values["frames"] > 1
@@ -60,7 +60,7 @@ def reconstruct(
         raise SpecError(f"{path}: {key!r} is {what}; name a file that ends in {', '.join(suffixes)}.")
     frames_THWC = TokenDecoder(storage, job, storage_options).frames(row)
     data = _encode_clip(frames_THWC, row, path, job) if is_clip else _encode_image(frames_THWC[0], path)
-    Storage(str(path.absolute().parent)).publish(path.name, data)
+    open_storage(str(path.absolute().parent)).publish(path.name, data)
     return path
 
 
@@ -78,7 +78,7 @@ def side_by_side(
     `keys` names the samples (their first clip and view); without it `count` rows are taken, spread evenly over the
     dataset.  Originals are read again from the shards and preprocessed as the job did.  Raises SpecError for unknown
     keys, InputError when a shard cannot be read any more, and SpecError when its samples are others by now."""
-    storage = Storage(out, storage_options)
+    storage = open_storage(out, storage_options)
     job = _read_decodable_job(storage)
     if keys is not None:
         rows = [_choose_row(storage, key, 0, 0, None, generation) for key in keys]
@@ -90,7 +90,7 @@ def side_by_side(
     decoding = TokenDecoder(storage, job, storage_options)
     tiles = [_tile(row, originals[index], decoding.frames(row)) for index, row in enumerate(rows)]
     path = Path(target)
-    Storage(str(path.absolute().parent)).publish(path.name, png_bytes(draw_sheet(_title(job), tiles)))
+    open_storage(str(path.absolute().parent)).publish(path.name, png_bytes(draw_sheet(_title(job), tiles)))
     return path
 
 

@@ -13,7 +13,7 @@ from jobs.start import Execution, RunnerKind, holding_lease, run_generation
 from pipeline.dataset_files import LedgerState, read_job, read_manifest
 from pipeline.generations import command_of, list_begun, read_generation, read_plans
 from pipeline.sources import expand_shards
-from pipeline.storage import Storage
+from pipeline.storage import Storage, open_storage
 from schemas.errors import Refused, SpecError
 from schemas.job import GenerationKind
 from schemas.jobspec import JobSpec, merge_specs
@@ -49,7 +49,7 @@ def retry_job(
     asked = asked or JobSpec()
     _refuse_settings(asked)
     given = expand_shards(list(asked.shards), options) if asked.shards else []
-    storage = Storage(out, options)
+    storage = open_storage(out, options)
     job = read_job(storage)
     if job is None:
         raise SpecError(f"{storage.url}: there is no dataset here. Name the folder given as --out.")

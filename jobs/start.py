@@ -19,10 +19,11 @@ from jobs.lease import HeldLease, take_lease
 from jobs.outcome import JobOutcome, describe_outcome
 from jobs.placement import Placement, find_nodes, find_placement
 from jobs.runner import Runner
+from pipeline.credentials import printable_url
 from pipeline.dataset_files import read_job, read_ledger, read_manifest_summary
 from pipeline.generations import list_begun
 from pipeline.messages import WorkerSetup
-from pipeline.storage import Storage, printable_url
+from pipeline.storage import Storage, open_storage
 from schemas.errors import BsqError, LeaseLost, SpecError
 from schemas.job import Job
 from schemas.jobspec import JobSpec
@@ -55,7 +56,7 @@ def start_job(
     beginning = resolve(spec, gpus=gpus, storage_options=options)
     run = Execution(spec, runner, ray_address, options)
     run.place(len(beginning.urls))
-    storage = Storage(spec.out, options)
+    storage = open_storage(spec.out, options)
     recognise(storage, beginning)
     with holding_lease(storage, force=force) as lease:
         # Another driver may have begun or finished the job between the first look and the lease.
@@ -85,7 +86,7 @@ def resume_job(
 
     Raises SpecError when there is no job, LeaseHeld when another driver may be alive."""
     options = storage_options or {}
-    storage = Storage(out, options)
+    storage = open_storage(out, options)
     job = read_job(storage)
     if job is None:
         raise SpecError(f"{storage.url}: there is no job here to resume. Begin one with `bsq tokenize`.")

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from pipeline.storage import printable_url
+from pipeline.credentials import printable_url
 from schemas.errors import BsqError, SpecError, nearest_name
 from schemas.jobspec import JobSpec
 

@@ -31,7 +31,7 @@ from pipeline.dataset_files import (
     read_plan,
 )
 from pipeline.generations import Plan, generation_name, list_begun, read_generation
-from pipeline.storage import Storage
+from pipeline.storage import Storage, open_storage
 from schemas.errors import BsqError, CheckpointError
 from schemas.fingerprint import fingerprint
 from schemas.job import Job
@@ -100,7 +100,7 @@ def verify_dataset(
 
     `on_progress` is called with the number of token files checked and the number there are.  Raises SpecError when
     there is no dataset, and BsqError when job.json, the plan or the ledger itself cannot be read."""
-    storage = Storage(out, storage_options)
+    storage = open_storage(out, storage_options)
     job = existing_job(storage)
     result = Verification(storage.url)
     result.problems += _job_problems(storage, job, storage_options)

@@ -19,7 +19,7 @@ from jobs.reconstruct import TokenDecoder, psnr
 from jobs.sample_rows import choose_rows, read_rows
 from pipeline.byte_stream import RetryPolicy
 from pipeline.find_rows import FoundRow
-from pipeline.storage import Storage
+from pipeline.storage import Storage, open_storage
 from pipeline.stub import STUB_NAME
 from schemas.errors import BsqError, InputError, SourceChanged
 from schemas.job import Job
@@ -121,7 +121,7 @@ def retokenize(
     no dataset or no such device, CheckpointError when its tokenizer is damaged."""
     from pipeline.encode import arithmetic_id
 
-    storage = Storage(out, storage_options)
+    storage = open_storage(out, storage_options)
     job = existing_job(storage)
     commits = read_commit_table(storage)
     recomputation = _Recomputation(storage, job, device, storage_options)

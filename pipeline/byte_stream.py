@@ -23,10 +23,10 @@ import tenacity
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.credentials import printable_url
 from pipeline.decompress import GzipReader, ZstdReader, sniff_compression
 from pipeline.queues import Stopped
 from pipeline.read_faults import may_pass, shard_error
-from pipeline.storage import printable_url
 from schemas.errors import ShardError, ShardUnreadable, SourceChanged
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from pipeline.file_cache import FileCache
 from pipeline.order import WindowPlan, latin_views, plan_windows, row_order, unit_costs, unit_order
 from pipeline.row_blocks import Buffers, FixedRows, Outputs, RaggedRows, RowBlock, Window, column_values
 from pipeline.row_filters import RowFilter, parse_filters, select_rows
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from pipeline.token_files import Check, TokenFile, TokenFiles
 from pipeline.token_index import DatasetInfo, read_file_column, read_token_index, sums_before
 from pipeline.token_pages import PREFIX_BYTES, Octets
@@ -84,7 +84,7 @@ class TokenDataset:
         Raises SpecError for an option that cannot be, FingerprintDiffers, and BsqError for a dataset that is missing,
         incomplete or damaged."""
         url = os.fspath(path)
-        storage = Storage(url, storage_options)
+        storage = open_storage(url, storage_options)
         self._index = read_token_index(
             storage, generation=generation, allow_partial=allow_partial, expect_fingerprint=expect_fingerprint
         )

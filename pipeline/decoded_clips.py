@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 
 from pipeline.byte_stream import open_shard
+from pipeline.credentials import printable_url
 from pipeline.decode import Decoder, media_kind
 from pipeline.group import group_samples
 from pipeline.sample import Sample
-from pipeline.storage import printable_url
 from pipeline.tar import read_members
 from pipeline.training_batches import Complaints, decode_in_order
 from schemas.errors import ArchiveError, SampleError, ShardError

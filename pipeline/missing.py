@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
+from pipeline.credentials import printable_url
 from pipeline.messages import EarlierParts
 from pipeline.parquet import PARQUET_ERRORS, read_parquet
 from pipeline.sample import Sample
-from pipeline.storage import Storage, printable_url
+from pipeline.storage import Storage
 from schemas.errors import BsqError, SampleCutOff, ShardDiffers, printable
 from schemas.failures import POISON, Failure, parse_failures
 

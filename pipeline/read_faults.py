@@ -6,8 +6,8 @@ import errno
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.credentials import printable_error
 from pipeline.queues import Stopped
-from pipeline.storage import printable_error
 from schemas.errors import ShardError, ShardForbidden, ShardNotFound, ShardUnreadable, SourceChanged
 
 

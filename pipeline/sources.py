@@ -14,7 +14,7 @@ import fsspec
 from braceexpand import braceexpand
 from fsspec.core import url_to_fs
 
-from pipeline.storage import printable_error, printable_url
+from pipeline.credentials import printable_error, printable_url
 from schemas.errors import SpecError
 
 MAX_SHARDS = 10_000_000

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from pipeline.file_cache import FileCache
 from pipeline.parquet import PARQUET_ERRORS, read_footer
-from pipeline.storage import Storage
+from pipeline.storage import Storage, open_storage
 from pipeline.token_index import TokenIndex, read_file_column
 from pipeline.token_pages import (
     PREFIX_BYTES,
@@ -370,7 +370,7 @@ class TokenFiles:
 
     def _reset(self) -> None:
         self._process = os.getpid()
-        self._storage = Storage(self._url, self._options)
+        self._storage = open_storage(self._url, self._options)
         self._lock = threading.Lock()
         self._opening = [threading.Lock() for _ in range(64)]
         self._open: OrderedDict[int, TokenFile] = OrderedDict()

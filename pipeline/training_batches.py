@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from pipeline.byte_stream import open_shard
+from pipeline.credentials import printable_url
 from pipeline.decode import Decoder, media_kind
 from pipeline.group import group_samples
 from pipeline.preprocess import SplitMix64, view_seed
 from pipeline.sample import Sample
-from pipeline.storage import printable_url
 from pipeline.tar import read_members
 from schemas.errors import ArchiveError, MediaUnsupported, SampleError, ShardError, SpecError
 from schemas.jobspec import ClipSpec, LimitsSpec, PreprocessSpec

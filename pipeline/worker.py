@@ -42,7 +42,7 @@ from pipeline.queues import POLL_SECONDS, ByteQueue, Stopped
 from pipeline.rows import Row, ShardRows, rows_to_table
 from pipeline.sample import ClipView, Sample
 from pipeline.sidecars import Sidecars, read_sidecars
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from pipeline.tar import read_members
 from schemas.errors import (
     ArchiveError,
@@ -76,7 +76,7 @@ class ShardWorker:
         self._setup = setup
         job = setup.job
         spec = job.spec
-        self._storage = Storage(setup.out, setup.storage_options)
+        self._storage = open_storage(setup.out, setup.storage_options)
         folder = self._storage.url_of(job.tokenizer.folder)
         self._encoder: Encoder = open_encoder(
             job.tokenizer,

@@ -90,6 +90,7 @@ def test_a_folder_without_pictures_is_refused_in_words(tmp_path: Path, shell: Sh
     assert not (tmp_path / "shards").exists()
 
 
+@pytest.mark.long
 def test_a_folder_becomes_a_checked_dataset(folder: Path, tmp_path: Path, shell: Shell) -> None:
     out = tmp_path / "out"
     done = shell(EXAMPLES / "tokenize_folder.sh", folder, out, *QUICK)

@@ -20,7 +20,7 @@ from pipeline.dataset_files import (
     plan_name,
     serialise_plan,
 )
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from schemas import tokenfile
 from schemas.fingerprint import fingerprint, fingerprint_fields
 from schemas.job import Job, TokenizerRecord
@@ -68,7 +68,7 @@ class TokenDatasetWriter:
     size: int = 32
 
     def write(self) -> TokenDatasetWriter:
-        self.storage = Storage(self.url, self.storage_options)
+        self.storage = open_storage(self.url, self.storage_options)
         self.rows: list[TokenRow] = []
         self.commits: list[Commit] = []
         urls = [f"s3://corpus/{number:06d}.tar" for number in range(len(self.clips_of_file))]

@@ -31,7 +31,8 @@ from jobs.report.failures import Failures, collect_failures
 from jobs.report.findings import Finding, find
 from jobs.report.pictures import Pictures, make_pictures
 from jobs.report.speed import Speed, measure_speed
-from pipeline.storage import Storage, printable_url
+from pipeline.credentials import printable_url
+from pipeline.storage import Storage, open_storage
 from schemas.errors import SpecError
 from schemas.job import Job
 
@@ -63,7 +64,7 @@ def write_report(out: str, target: str, *, seed: int = 0, storage_options: Mappi
     when job.json, a plan or the ledger is damaged; token files and failure tables that cannot be read are findings."""
     if target.endswith("/") or not PurePosixPath(target).name:
         raise SpecError(f"{printable_url(target)}: this is a folder. Name the file to write, such as report.html.")
-    storage = Storage(out, storage_options)
+    storage = open_storage(out, storage_options)
     job = existing_job(storage)
     commits = read_commit_table(storage)
     state = _state(storage, commits)
@@ -75,7 +76,7 @@ def write_report(out: str, target: str, *, seed: int = 0, storage_options: Mappi
     page = _render(storage, job, commits, state, speed, failures, usage, pictures, findings, seed)
     data = page.encode("utf-8", "backslashreplace")
     folder, _, name = target.rpartition("/") if "/" in target else (".", "", target)
-    place = Storage(folder or "/", storage_options if "://" in target else None)
+    place = open_storage(folder or "/", storage_options if "://" in target else None)
     place.publish(name, data)
     return Report(printable_url(target), findings, len(data))
 

@@ -6,7 +6,7 @@ import math
 from datetime import UTC, datetime
 
 from jobs.display import describe_seconds, plain_text
-from pipeline.storage import printable_url
+from pipeline.credentials import printable_url
 
 MAX_TEXT_CHARS = 300
 

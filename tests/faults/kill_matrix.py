@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline.dataset_files import read_ledger, read_manifest
 from pipeline.publish import token_file_name
 from pipeline.steps import STEPS
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from tests.faults.conftest import LENIENT
 from tests.running_jobs import STUB, RunningJob, StartJob, is_alive, signal_quietly
 from tests.tiny_corpus import dataset_files, temporaries
@@ -44,7 +44,7 @@ def assert_consistent(out: Path, undisturbed: dict[str, str]) -> None:
         for path in (out / folder).rglob("*.parquet")
     }
     assert files.items() <= undisturbed.items()
-    ledger = read_ledger(Storage(str(out)), 0)
+    ledger = read_ledger(open_storage(str(out)), 0)
     for (shard, part), commit in ledger.commits.items():
         assert commit.file == token_file_name(shard, part, commit.sha256)
         assert files[commit.file] == commit.sha256
@@ -57,7 +57,7 @@ def assert_whole(out: Path, undisturbed: dict[str, str]) -> None:
     assert dataset_files(out) == undisturbed
     assert temporaries(out) == []
     assert not (out / "lease.json").exists()
-    storage = Storage(str(out))
+    storage = open_storage(str(out))
     ledger = read_ledger(storage, 0)
     manifest = read_manifest(storage)
     assert manifest is not None and manifest.summary.complete

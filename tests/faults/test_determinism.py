@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.dataset_files import read_ledger, read_manifest
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from tests.tiny_corpus import RunBsq, dataset_files, jpeg, mp4, photo_members, write_tar
 
 WAYS = {
@@ -46,7 +46,7 @@ def test_bytes_do_not_depend_on_workers_batches_or_who_runs_them(tmp_path: Path,
     shards = [write_tar(tmp_path / "mixed.tar", mixed), photos[0], tmp_path / "cut.tar", photos[1]]
     arguments = ["--tokenizer", "untrained:vit-tiny-32-l18", "--crop", "random", "--views", "2", "--flip", "0.5"]
     out = tokenize_in_every_way(bsq, tmp_path, shards, arguments, exit_code=3, timeout=120)
-    ledger = read_ledger(Storage(str(out)), 0)
+    ledger = read_ledger(open_storage(str(out)), 0)
     mixed_commit = ledger.commits[0, 0]
     # Two views of seven pictures and of one, three and two clips.
     assert mixed_commit.rows == 2 * (7 + 1 + 3 + 2)
@@ -88,7 +88,7 @@ def test_bytes_of_the_real_model_over_real_and_hostile_input_do_not_depend_on_th
     ]
     arguments = ["--tokenizer", "untrained:vit-small-128-l18", "--fps", "2"]
     out = tokenize_in_every_way(bsq, tmp_path, shards, arguments, exit_code=3, timeout=1200)
-    manifest = read_manifest(Storage(str(out)))
+    manifest = read_manifest(open_storage(str(out)))
     assert manifest is not None
     rows = manifest.table.to_pylist()
     assert rows[0]["min_frames"] == 1 and rows[0]["max_frames"] > 1, "pictures and clips in one shard"

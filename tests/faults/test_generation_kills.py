@@ -16,7 +16,7 @@ from jobs.start import start_job
 from jobs.verify import verify_dataset
 from pipeline.dataset_files import list_generations
 from pipeline.generations import list_begun
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from schemas.jobspec import parse_spec
 from tests.tiny_corpus import BSQ, RunBsq, bsq_environment, dataset_files, temporaries
 
@@ -57,7 +57,7 @@ def undisturbed(
         shutil.copytree(narrow, out)
         command = [*BSQ, *arguments(kind, out, small_shards), "--no-ray", "--workers", "2"]
         subprocess.run(command, env=bsq_environment(), check=False, capture_output=True, timeout=120)
-        assert list_generations(Storage(str(out))) == [0, 1]
+        assert list_generations(open_storage(str(out))) == [0, 1]
         files[kind] = dataset_files(out)
     return files
 
@@ -79,9 +79,8 @@ CASES = [
     ("append", "before_generation", "again"),
     ("append", "after_generation", "resume"),
     ("retry-samples", "after_publish", "resume"),
-    ("retry", "before_ledger", "again"),
     *(
-        pytest.param(kind, step, how, marks=pytest.mark.long)
+        pytest.param(kind, step, how, marks=pytest.mark.longest)
         for kind, step, how in [
             ("retry-samples", "before_generation", "again"),
             ("retry-samples", "after_temp", "resume"),
@@ -89,6 +88,7 @@ CASES = [
             ("retry-samples", "before_manifest", "resume"),
             ("append", "before_tokens", "again"),
             ("append", "before_manifest", "again"),
+            ("retry", "before_ledger", "again"),
             ("retry", "after_publish", "resume"),
         ]
     ),
@@ -126,7 +126,7 @@ def test_a_generation_that_was_killed_is_completed_by_its_own_command_or_by_resu
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
 
-    storage = Storage(str(out))
+    storage = open_storage(str(out))
     assert list_begun(storage) == ([0] if step == "before_generation" else [0, 1])
     assert list_generations(storage) == [0]
     published = [name for name in dataset_files(out).keys() - before.keys() if not name.endswith(".tmp")]

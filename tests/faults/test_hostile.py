@@ -27,7 +27,7 @@ import torch
 from jobs.cli import run
 from pipeline.dataset_files import read_ledger, read_plan
 from pipeline.group import split_name
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from schemas.errors import printable
 from schemas.ledger import Commit, GivenUp
 from tests.tiny_corpus import BSQ, bsq_environment, dataset_files, jpeg, mp4, photo_members, temporaries, write_tar
@@ -172,7 +172,7 @@ def nasty(shared: Path, small_shards: list[Path], tmp_path_factory: pytest.TempP
         datagrams = count_arrivals(lambda: udp.recv(65536))
 
     out = folder / "out"
-    storage = Storage(str(out))
+    storage = open_storage(str(out))
     plan = read_plan(storage, 0)
     names = {row["shard"]: row["url"].rpartition("/")[2] for row in plan.to_pylist()}
     ledger = read_ledger(storage, 0)
@@ -446,7 +446,7 @@ def tokenize(capsys: pytest.CaptureFixture[str]) -> Any:
 
 def tables(out: Path, shard: int = 0) -> tuple[list[str], list[tuple[str | None, str]]]:
     """Keys that were tokenized, and (key, class) of every failure row, of one committed shard."""
-    commit = read_ledger(Storage(str(out)), 0).commits[shard, 0]
+    commit = read_ledger(open_storage(str(out)), 0).commits[shard, 0]
     rows = pq.read_table(out / commit.file).to_pylist()
     failures = pq.read_table(out / commit.failures.file).to_pylist() if commit.failures else []
     assert commit.samples == len({row["position"] for row in [*rows, *failures] if row["position"] is not None})
@@ -474,7 +474,7 @@ def test_damaged_shards_fail_as_a_whole_where_that_is_asked_for(tmp_path: Path, 
     said = tokenize(cut, whole, "--out", tmp_path / "out", "--damaged-shards", "fail")
     assert said.exit_code == 3
     assert "shard 0 failed" in said.out
-    ledger = read_ledger(Storage(str(tmp_path / "out")), 0)
+    ledger = read_ledger(open_storage(str(tmp_path / "out")), 0)
     assert ledger.given_up[0].error == "TarTruncated"
     assert [shard for shard, _ in ledger.commits] == [1]
     assert [name for name in dataset_files(tmp_path / "out") if "0000000-" in name] == []
@@ -521,7 +521,7 @@ def test_a_shard_that_is_missing_or_no_archive_fails_in_one_line_and_the_rest_go
     assert said.exit_code == 3
     lines = [line for line in said.out.splitlines() if line.startswith("shard 0 failed")]
     assert len(lines) == 1 and str(bad) in lines[0] and words in lines[0].lower()
-    ledger = read_ledger(Storage(str(tmp_path / "out")), 0)
+    ledger = read_ledger(open_storage(str(tmp_path / "out")), 0)
     assert ledger.given_up[0].error == error
     assert ledger.given_up[0].attempts == 1, "trying again cannot help"
     assert tables(tmp_path / "out", 1)[0] == ["000000", "000001", "000002"]
@@ -587,7 +587,7 @@ def test_twenty_missing_shards_in_a_row_stop_the_job_with_the_reason(tmp_path: P
     said = tokenize(f"{tmp_path}/missing-{{000..099}}.tar", "--out", tmp_path / "out")
     assert said.exit_code == 3
     assert "20 shards failed in a row" in said.err and "missing-" in said.err
-    ledger = read_ledger(Storage(str(tmp_path / "out")), 0)
+    ledger = read_ledger(open_storage(str(tmp_path / "out")), 0)
     assert len(ledger.given_up) == 20
     assert not (tmp_path / "out" / "manifest" / "0000.json").exists()
 
@@ -600,7 +600,7 @@ def test_pyarrow_reads_keys_that_were_not_utf8(tmp_path: Path, tokenize: Any) ->
             member = plain.getmembers()[0]
             archive.addfile(member, plain.extractfile(member))
     assert tokenize(path, "--out", tmp_path / "out").exit_code == 0
-    file = read_ledger(Storage(str(tmp_path / "out")), 0).commits[0, 0].file
+    file = read_ledger(open_storage(str(tmp_path / "out")), 0).commits[0, 0].file
     keys = pq.read_table(tmp_path / "out" / file)["key"]
     assert keys.to_pylist() == ["caf\\xe9"]
     assert keys.type == pa.string()

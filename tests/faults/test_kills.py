@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.dataset_files import read_ledger
 from pipeline.steps import STEPS
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from tests.faults.conftest import LENIENT
 from tests.faults.kill_matrix import KillMatrix, assert_consistent, assert_whole, state
 from tests.running_jobs import STUB, StartJob
@@ -89,7 +89,7 @@ def test_a_worker_killed_at_every_step_is_replaced_and_loses_nothing(
         assert_consistent(out, undisturbed)
     assert job.end() == 0, job.said
     assert_whole(out, undisturbed)
-    ledger = read_ledger(Storage(str(out)), 0)
+    ledger = read_ledger(open_storage(str(out)), 0)
     assert sum(attempt.counts for attempts in ledger.failed_attempts.values() for attempt in attempts) >= 4
 
 
@@ -116,7 +116,7 @@ def test_an_interrupt_keeps_what_is_committed_and_names_the_command_that_goes_on
     assert f"bsq resume {out}" in job.said[1]
     assert "Traceback" not in job.said[1]
     assert not (out / "lease.json").exists()
-    ledger = read_ledger(Storage(str(out)), 0)
+    ledger = read_ledger(open_storage(str(out)), 0)
     assert 0 < len(ledger.commits) < 6
     assert bsq("resume", out, "--in-process").returncode == 0
     assert_whole(out, undisturbed)

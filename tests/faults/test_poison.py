@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dataset_files import LedgerState, read_ledger
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from tests.running_jobs import STUB, StartJob
 from tests.tiny_corpus import RunBsq, dataset_files, photo_members, write_tar
 
@@ -36,7 +36,7 @@ def tokenized(out: Path) -> set[str]:
 
 
 def ledger(out: Path) -> LedgerState:
-    return read_ledger(Storage(str(out)), 0)
+    return read_ledger(open_storage(str(out)), 0)
 
 
 def test_samples_that_abort_their_process_become_failures_and_all_others_are_tokenized(
@@ -61,7 +61,7 @@ def test_samples_that_abort_their_process_become_failures_and_all_others_are_tok
     assert f"shard 0, key '{KEYS[3]}': WorkerCrash" in status and KEYS[9] in status
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_decoding_in_children_from_the_start_gives_the_same_files_without_losing_a_worker(
     poisoned: list[Path], tmp_path: Path, bsq: RunBsq
 ) -> None:
@@ -97,7 +97,7 @@ def test_suspicion_outlives_a_driver_that_is_killed(
     assert ledger(out).attempts[0] == 2, "what the first driver saw counts"
 
 
-@pytest.mark.parametrize("fault", ["hang", "freeze"])
+@pytest.mark.parametrize("fault", ["hang", pytest.param("freeze", marks=pytest.mark.longest)])
 @pytest.mark.long
 def test_samples_that_hang_are_found_killed_and_told(
     fault: str, poisoned: list[Path], tmp_path: Path, bsq: RunBsq

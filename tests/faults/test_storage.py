@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dataset_files import read_ledger, read_manifest
-from pipeline.storage import Storage
+from pipeline.storage import Storage, open_storage
 from tests.conftest import ObjectStore
 from tests.faults.conftest import LENIENT
 from tests.faults.faulty_store import Faults, faulty
@@ -41,7 +41,7 @@ def rows_of(storage: Storage) -> list[dict[str, Any]]:
 
 def copy(store: ObjectStore, name: str, folder: Path) -> Path:
     """Bring a dataset in an object store here, file by file."""
-    storage = Storage(f"{store.url}/{name}", store.storage_options)
+    storage = open_storage(f"{store.url}/{name}", store.storage_options)
     for file in storage.list("", recursive=True):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_bytes(storage.read_bytes(file))
@@ -50,17 +50,18 @@ def copy(store: ObjectStore, name: str, folder: Path) -> Path:
 
 def upload(store: ObjectStore, shards: list[Path]) -> str:
     """Put shards into the store; return the pattern that names them."""
-    source = Storage(f"{store.url}/shards", store.storage_options)
+    source = open_storage(f"{store.url}/shards", store.storage_options)
     for shard in shards:
         source.publish(shard.name, shard.read_bytes())
     return f"{store.url}/shards/shard-{{00..05}}.tar"
 
 
+@pytest.mark.long
 def test_a_job_from_store_to_store_is_killed_resumed_and_holds_what_a_local_one_holds(
     shards: list[Path], local_out: Path, object_store: ObjectStore, tmp_path: Path, bsq: RunBsq, start: StartJob
 ) -> None:
     out, options = f"{object_store.url}/deep/out", object_store.arguments
-    storage = Storage(out, object_store.storage_options)
+    storage = open_storage(out, object_store.storage_options)
     sources = upload(object_store, shards)
     job = start("tokenize", sources, "--out", out, *SMALL, "--no-ray", *options, hold_at="after_ledger")
     job.wait_until_standing()
@@ -77,7 +78,7 @@ def test_a_job_from_store_to_store_is_killed_resumed_and_holds_what_a_local_one_
     assert {key: after.commits[key] for key in before.commits} == before.commits
     assert not storage.exists("lease.json")
     folder = copy(object_store, "deep/out", tmp_path / "copy")
-    assert rows_of(Storage(str(folder))) == rows_of(Storage(str(local_out)))
+    assert rows_of(open_storage(str(folder))) == rows_of(open_storage(str(local_out)))
     named = {commit.file for commit in after.commits.values()}
     assert named == {f"tokens/{name}" for name in storage.list("tokens", recursive=True)}, "strays are swept"
     for path in folder.rglob("*"):
@@ -133,9 +134,9 @@ def test_errors_broken_bodies_and_lost_answers_cost_requests_and_nothing_else(
     assert job.returncode == 0, job.stderr
     assert min(faults.struck[name] for name in ("error", "broken", "lost")) >= 1, faults.struck
     folder = copy(object_store, "out", tmp_path / "copy")
-    assert rows_of(Storage(str(folder))) == rows_of(Storage(str(local_out)))
+    assert rows_of(open_storage(str(folder))) == rows_of(open_storage(str(local_out)))
     assert len(dataset_files(folder)) == len(dataset_files(local_out)), "no strays"
-    ledger = read_ledger(Storage(str(folder)), 0)
+    ledger = read_ledger(open_storage(str(folder)), 0)
     assert ledger.given_up == {} and ledger.ignored == []
     assert sorted(ledger.commits) == [(shard, 0) for shard in range(6)]
     assert not (folder / "lease.json").exists()
@@ -157,7 +158,7 @@ def test_repeated_requests_for_a_source_are_recorded(
     sources = f"{store.storage_options['endpoint_url']}/bucket/shards/shard-{{00..05}}.tar"
     job = bsq("tokenize", sources, "--out", out, *SMALL, "--in-process", timeout=300)
     assert job.returncode == 0, job.stderr
-    commits = read_ledger(Storage(str(out)), 0).commits.values()
+    commits = read_ledger(open_storage(str(out)), 0).commits.values()
     assert faults.struck["broken"] >= 2
     assert sum(commit.source.num_retries for commit in commits) >= 1
 
@@ -178,7 +179,7 @@ def test_a_listing_that_lags_hides_no_commit_from_the_driver_that_takes_over(
     job = start("tokenize", *shards, "--out", out, *SMALL, "--no-ray", *store.arguments, hold_at="after_ledger")
     job.wait_until_standing()
     job.kill()
-    storage = Storage(out, store.storage_options)
+    storage = open_storage(out, store.storage_options)
     assert storage.list("ledger/0000") == [], "nothing of it is listed yet"
     before = read_ledger(storage, 0)
     assert before.commits, "but it is read"
@@ -186,14 +187,14 @@ def test_a_listing_that_lags_hides_no_commit_from_the_driver_that_takes_over(
     assert resumed.returncode == 0, resumed.stderr
     assert faults.struck["lag"] > 0
     folder = copy(object_store, "out", tmp_path / "copy")
-    ledger = read_ledger(Storage(str(folder)), 0)
+    ledger = read_ledger(open_storage(str(folder)), 0)
     assert ledger.ignored == [], "nothing is committed twice"
     assert {key: ledger.commits[key] for key in before.commits} == before.commits
     # What the first driver left may not be listed when strays are swept; what is committed is the same bytes.
     assert dataset_files(local_out).items() <= dataset_files(folder).items()
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_slow_reads_take_their_time(
     shards: list[Path], local_out: Path, object_store: ObjectStore, faulty_store: tuple[ObjectStore, Faults],
     tmp_path: Path, bsq: RunBsq,
@@ -206,8 +207,8 @@ def test_slow_reads_take_their_time(
     slow = ["--set", "run.hang_timeout_seconds=5"]
     job = bsq("tokenize", sources, "--out", out, *SMALL, "--no-ray", *slow, *store.arguments, timeout=300)
     assert job.returncode == 0, job.stderr
-    assert rows_of(Storage(str(out))) == rows_of(Storage(str(local_out)))
-    assert read_ledger(Storage(str(out)), 0).failed_attempts == {}
+    assert rows_of(open_storage(str(out))) == rows_of(open_storage(str(local_out)))
+    assert read_ledger(open_storage(str(out)), 0).failed_attempts == {}
 
 
 @pytest.mark.long
@@ -269,7 +270,7 @@ def test_a_full_disk_stops_the_job_in_one_line_and_the_job_goes_on_when_there_is
     assert not (out / "lease.json").exists()
     written = dataset_files(out)
     assert written.items() <= dataset_files(undisturbed).items(), "nothing is half-written"
-    assert len(read_ledger(Storage(str(out)), 0).commits) >= 1, "what was committed is kept"
+    assert len(read_ledger(open_storage(str(out)), 0).commits) >= 1, "what was committed is kept"
 
     resumed = bsq("resume", out, "--in-process")
     assert resumed.returncode == 0, resumed.stderr

@@ -20,7 +20,7 @@ from pipeline.dataset_files import (
     plan_name,
     serialise_plan,
 )
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from schemas.failures import Failure, serialise_failures
 from schemas.fingerprint import fingerprint, fingerprint_fields
 from schemas.job import Job, TokenizerRecord
@@ -61,7 +61,7 @@ class TinyDataset:
     edit_summary: Callable[[ManifestSummary], ManifestSummary] = keep
 
     def write(self) -> TinyDataset:
-        self.storage = Storage(self.url, self.storage_options)
+        self.storage = open_storage(self.url, self.storage_options)
         self.urls = [f"s3://corpus/part-{shard:06d}.tar" for shard in range(self.num_shards)]
         plan = serialise_plan(self.urls)
         self.job = self._job(plan)

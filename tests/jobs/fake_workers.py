@@ -16,7 +16,7 @@ from jobs.outcome import JobOutcome, describe_outcome
 from jobs.runner import Death
 from pipeline.dataset_files import LedgerState, read_ledger
 from pipeline.messages import Activity, Assignment, Heartbeat, Message, ShardCommitted, ShardFailed
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from schemas.jobspec import JobSpec, parse_spec
 from schemas.lease import Progress
 from schemas.ledger import Commit, SourceRecord
@@ -166,7 +166,7 @@ class Job:
     """A job that has begun, and a driver for it."""
 
     def __init__(self, folder: Path, num_shards: int, **run: Any) -> None:
-        self.storage = Storage(str(folder / "out"))
+        self.storage = open_storage(str(folder / "out"))
         urls = [f"{folder}/shard-{number:03d}.tar" for number in range(num_shards)]
         values: dict[str, Any] = {"shards": urls, "out": str(folder / "out"), "tokenizer": "stub", "run": run}
         self.spec: JobSpec = parse_spec(values, source="test")

@@ -16,7 +16,7 @@ import yaml
 from jobs.commands.options import storage_options
 from jobs.submit import pinned_requirements, stage_job
 from pipeline.dataset_files import read_job, read_manifest
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from schemas.errors import SpecError
 from schemas.jobspec import parse_spec
 from tests.jobs.ray_cluster import TOKEN, RayCluster, ray_cluster
@@ -75,7 +75,7 @@ def test_a_job_file_gives_the_same_dataset_there_as_here(
     assert "3 of 3 committed" in log, "the summary of the job is in what it wrote"
     assert bsq("tokenize", "--config", job, "--out", "here", "--in-process", cwd=tmp_path).returncode == 0
     assert dataset_files(tmp_path / "there") == dataset_files(tmp_path / "here")
-    there, here = (Storage(str(tmp_path / name)) for name in ("there", "here"))
+    there, here = (open_storage(str(tmp_path / name)) for name in ("there", "here"))
     manifests = read_manifest(there), read_manifest(here)
     assert manifests[0] and manifests[1]
     assert manifests[0].table["url"] == manifests[1].table["url"]
@@ -91,7 +91,7 @@ def test_a_job_file_gives_the_same_dataset_there_as_here(
     assert (logs.returncode, logs.stdout) == (0, log)
 
 
-@pytest.mark.long
+@pytest.mark.longest
 @needs_dashboard
 def test_a_job_that_is_stopped_keeps_what_it_has_and_goes_on_where_it_is_handed_in_again(
     cluster: RayCluster, small_shards: list[Path], tmp_path: Path, bsq: RunBsq, write_job: Callable[..., Path]
@@ -131,7 +131,7 @@ def test_a_job_that_is_stopped_keeps_what_it_has_and_goes_on_where_it_is_handed_
     assert dataset_files(out) == dataset_files(tmp_path / "here")
 
 
-@pytest.mark.long
+@pytest.mark.longest
 @needs_dashboard
 def test_what_does_not_exist_is_told_in_one_line(
     cluster: RayCluster, small_shards: list[Path], tmp_path: Path, bsq: RunBsq, write_job: Callable[..., Path]

@@ -7,7 +7,7 @@ import pytest
 import jobs.commit
 from jobs.commit import SEGMENT_RECORDS, LedgerWriter
 from pipeline.dataset_files import read_ledger
-from pipeline.storage import Storage
+from pipeline.storage import Storage, open_storage
 from schemas.errors import LeaseLost
 from schemas.ledger import GivenUp
 
@@ -16,7 +16,7 @@ FOLDER = "ledger/0000"
 
 @pytest.fixture
 def storage(tmp_path: Path) -> Storage:
-    return Storage(str(tmp_path / "out"))
+    return open_storage(str(tmp_path / "out"))
 
 
 @pytest.fixture

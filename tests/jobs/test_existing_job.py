@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from jobs.existing_job import existing_job
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from schemas.errors import BsqError, SpecError
 
 
 def complaint(url: str, **options: object) -> str:
     with pytest.raises(SpecError) as caught:
-        existing_job(Storage(url, options))
+        existing_job(open_storage(url, options))
     assert "\n" not in str(caught.value)
     return str(caught.value).removeprefix(f"{url}: ")
 
@@ -51,4 +51,4 @@ def test_in_an_object_store_it_is_looked_for_below(write_dataset, object_store):
 def test_a_damaged_job_is_no_missing_one(tmp_path):
     Path(tmp_path, "job.json").write_text("{")
     with pytest.raises(BsqError, match=r"job\.json"):
-        existing_job(Storage(str(tmp_path)))
+        existing_job(open_storage(str(tmp_path)))

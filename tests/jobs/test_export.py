@@ -16,7 +16,7 @@ import pytest
 import webdataset
 
 from jobs.export import RECORD_NAME, export_dataset
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from schemas.errors import OutputNotOurs, SpecError
 
 TARGETS = ["megatron", "mds", "webdataset", "npy"]
@@ -265,7 +265,7 @@ def test_from_and_to_an_object_store(write_dataset, object_store, tmp_path):
     options = object_store.storage_options
     dataset = write_dataset(url=f"{object_store.url}/dataset", storage_options=options)
     export_dataset(dataset.url, f"{object_store.url}/npy", "npy", storage_options=options)
-    stored = Storage(f"{object_store.url}/npy", options)
+    stored = open_storage(f"{object_store.url}/npy", options)
     (tmp_path / "first.npy").write_bytes(stored.read_bytes("tokens-000000.npy"))
     assert np.load(tmp_path / "first.npy").shape == (4, 4, 4)
     assert json.loads(stored.read_bytes(RECORD_NAME))["complete"]

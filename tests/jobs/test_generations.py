@@ -27,7 +27,7 @@ from pipeline.dataset_files import list_generations, read_manifest
 from pipeline.find_rows import find_rows, why_missing
 from pipeline.generations import list_begun, read_generation
 from pipeline.parquet import read_parquet
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from schemas.errors import FingerprintDiffers, Refused, SpecError
 from schemas.jobspec import JobSpec, parse_spec
 from schemas.manifest import latest_parts
@@ -58,7 +58,7 @@ def retry(out: Path, kind: RetryKind, **values: Any) -> JobOutcome:
 
 def all_rows(out: Path, generation: int | None = None) -> list[dict[str, Any]]:
     """Every row of a dataset with its shard, whatever part it is in, in source order."""
-    storage = Storage(str(out))
+    storage = open_storage(str(out))
     manifest = read_manifest(storage, generation)
     assert manifest is not None
     rows = [
@@ -71,7 +71,7 @@ def all_rows(out: Path, generation: int | None = None) -> list[dict[str, Any]]:
 
 def all_failures(out: Path) -> list[dict[str, Any]]:
     """What the failure tables that count say, by shard."""
-    storage = Storage(str(out))
+    storage = open_storage(str(out))
     manifest = read_manifest(storage)
     assert manifest is not None
     latest = manifest.table.filter(pa.array(latest_parts(manifest.table)))
@@ -85,7 +85,7 @@ def all_failures(out: Path) -> list[dict[str, Any]]:
 
 def counts(out: Path) -> dict[str, Any]:
     """What a manifest says of a dataset, apart from how many files and generations it took."""
-    manifest = read_manifest(Storage(str(out)))
+    manifest = read_manifest(open_storage(str(out)))
     assert manifest is not None
     summary = manifest.summary.model_dump()
     names = ("rows", "tokens", "samples", "failed", "warnings", "failed_shards", "partial_shards", "complete")
@@ -141,7 +141,7 @@ def test_a_retry_with_wide_limits_gives_what_wide_limits_give_from_the_start(
     before = dataset_files(folder / "out")
     outcome = retry(folder / "out", "retry-samples", limits={"max_pixels": WIDE})
     if any("large" in kind for kinds in shards for kind in kinds):
-        assert list_generations(Storage(str(folder / "out"))) == [0, 1]
+        assert list_generations(open_storage(str(folder / "out"))) == [0, 1]
     tokenize(tars, folder / "wide", limits={"max_pixels": WIDE})
     assert_same_dataset(folder / "out", folder / "wide")
     assert_adds(folder / "out", before)
@@ -159,7 +159,7 @@ def test_a_video_that_was_mended_keeps_the_clips_it_had(tmp_path: Path) -> None:
     assert 0 < len(clips) < 8, "the damage lies behind some clips"
     write_tar(tmp_path / "a.tar", [*others, ("film.mp4", whole), *photo_members(5, 2)])
     assert retry(tmp_path / "out", "retry-samples").exit_code == 0
-    manifest = read_manifest(Storage(str(tmp_path / "out")))
+    manifest = read_manifest(open_storage(str(tmp_path / "out")))
     assert manifest is not None
     part = manifest.table.slice(1, 1).to_pylist()[0]
     assert (part["shard"], part["part"], part["generation"], part["rows"]) == (0, 1, 1, 8 - len(clips))
@@ -173,7 +173,7 @@ def test_what_still_fails_after_a_retry_is_told_by_its_table_alone(tmp_path: Pat
     shard = write_tar(tmp_path / "a.tar", members)
     out = tmp_path / "out"
     tokenize([shard], out, limits={"max_pixels": 48 * 40})
-    storage = Storage(str(out))
+    storage = open_storage(str(out))
     assert "ImageTooLarge" in (why_missing(storage, "000") or "")
     assert counts(out)["failed"] == 3
     outcome = retry(out, "retry-samples", limits={"max_pixels": WIDE})
@@ -198,7 +198,7 @@ def test_what_still_fails_after_a_retry_is_told_by_its_table_alone(tmp_path: Pat
 def _job(out: Path) -> Any:
     from pipeline.dataset_files import read_job
 
-    return read_job(Storage(str(out)))
+    return read_job(open_storage(str(out)))
 
 
 @pytest.mark.parametrize("how", ["more samples", "fewer samples", "another key"])
@@ -247,7 +247,7 @@ def test_a_shard_that_came_late_is_the_shard_it_would_have_been(tmp_path: Path, 
     status = read_status(str(out))
     assert (status.state, status.generation, status.progress.committed, status.failed_shards) == ("complete", 2, 3, [])
     assert "Nothing to try again: no shard failed." in retry(out, "retry").lines
-    assert list_generations(Storage(str(out))) == [0, 1, 2]
+    assert list_generations(open_storage(str(out))) == [0, 1, 2]
 
 
 def test_files_that_a_failed_attempt_left_are_not_taken_for_those_of_the_retry(
@@ -355,7 +355,7 @@ def test_in_whatever_order_a_dataset_is_completed_it_becomes_the_same(
             retry(out, step, limits={"max_pixels": WIDE})  # type: ignore[arg-type]
     tokenize(shards, folder / "all", limits={"max_pixels": WIDE})
     assert_same_dataset(out, folder / "all")
-    assert list_generations(Storage(str(out))) == [0, 1, 2, 3, 4]
+    assert list_generations(open_storage(str(out))) == [0, 1, 2, 3, 4]
 
 
 def test_generations_on_an_object_store(object_store: Any, tmp_path: Path, small_shards: list[Path]) -> None:
@@ -387,7 +387,7 @@ def test_a_dataset_that_grew_is_the_one_made_at_once_and_earlier_generations_sta
     assert_same_dataset(out, tmp_path / "all")
     assert all_rows(out, generation=0) == first
     assert {row["shard"] for row in all_rows(out, generation=1)} == {0, 1, 2}
-    manifest = read_manifest(Storage(str(out)))
+    manifest = read_manifest(open_storage(str(out)))
     assert manifest is not None
     assert manifest.table["generation"].to_pylist() == [0, 0, 1, 2, 2, 2]
     # The commands that made it find nothing left to do.
@@ -395,7 +395,7 @@ def test_a_dataset_that_grew_is_the_one_made_at_once_and_earlier_generations_sta
     assert tokenize(small_shards, out).exit_code == 0
     assert append(small_shards[3:], out).exit_code == 0
     assert resume_job(str(out), runner="in-process").exit_code == 0
-    assert list_begun(Storage(str(out))) == [0, 1, 2]
+    assert list_begun(open_storage(str(out))) == [0, 1, 2]
     assert "generation 2" in describe(str(out))
     assert read_status(str(out)).progress.committed == 6
 
@@ -406,7 +406,7 @@ def test_settings_that_are_not_given_are_the_datasets_own(tmp_path: Path, small_
     append(small_shards[2:3], tmp_path / "out")
     tokenize([small_shards[0], small_shards[2]], tmp_path / "all", limits={"max_pixels": WIDE}, **shapes)
     assert dataset_files(tmp_path / "out") == dataset_files(tmp_path / "all")
-    record = read_generation(Storage(str(tmp_path / "out")), _job(tmp_path / "out"), 1)
+    record = read_generation(open_storage(str(tmp_path / "out")), _job(tmp_path / "out"), 1)
     assert (record.kind, record.spec.limits.max_pixels) == ("append", WIDE)
 
 
@@ -425,7 +425,7 @@ def test_other_settings_are_refused_with_both_values(
     with pytest.raises(FingerprintDiffers) as refusal:
         append(small_shards[1:2], tmp_path / "out", **values)
     assert words in str(refusal.value)
-    assert list_begun(Storage(str(tmp_path / "out"))) == [0]
+    assert list_begun(open_storage(str(tmp_path / "out"))) == [0]
 
 
 def test_a_shard_that_is_there_is_not_added_again(tmp_path: Path, small_shards: list[Path]) -> None:
@@ -523,7 +523,7 @@ def test_credentials_of_urls_are_asked_for_again_and_never_written(
     assert counts(out)["failed_shards"] == 1
     with pytest.raises(Refused, match="full URLs"):
         retry(out, "retry")
-    assert list_begun(Storage(str(out))) == [0]
+    assert list_begun(open_storage(str(out))) == [0]
     shutil.copy(small_shards[1], folder / "late.tar")
     assert retry(out, "retry", shards=[secret]).exit_code == 0
     shutil.copy(small_shards[2], folder / "more.tar")

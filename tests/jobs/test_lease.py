@@ -14,14 +14,14 @@ import pytest
 
 from jobs import lease as lease_module
 from jobs.lease import HeldLease, is_dead, read_lease, take_lease
-from pipeline.storage import Storage
+from pipeline.storage import Storage, open_storage
 from schemas.errors import LeaseHeld, LeaseLost
 from schemas.lease import Lease, Progress
 
 
 @pytest.fixture
 def storage(tmp_path: Path) -> Storage:
-    return Storage(str(tmp_path / "out"))
+    return open_storage(str(tmp_path / "out"))
 
 
 def written(storage: Storage) -> dict[str, Any]:
@@ -74,7 +74,8 @@ def test_a_lease_past_its_time_to_live_is_free(storage: Storage) -> None:
 
 def test_a_lease_whose_process_is_gone_is_free_at_once(storage: Storage) -> None:
     code = (
-        f"from jobs.lease import take_lease\nfrom pipeline.storage import Storage\ntake_lease(Storage({storage.url!r}))"
+        "from jobs.lease import take_lease; from pipeline.storage import open_storage; "
+        f"take_lease(open_storage({storage.url!r}))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(Path.cwd())})
     dead = written(storage)
@@ -206,7 +207,7 @@ def test_of_many_drivers_that_find_a_stale_lease_one_wins(storage: Storage) -> N
 
 
 def test_the_lease_works_the_same_in_an_object_store(object_store: Any) -> None:
-    storage = Storage(f"{object_store.url}/out", object_store.storage_options)
+    storage = open_storage(f"{object_store.url}/out", object_store.storage_options)
     first = take_lease(storage)
     first.renew(Progress(committed=1))
     with pytest.raises(LeaseHeld):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.dataset_files import read_ledger
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from tests.running_jobs import STUB, StartJob, is_alive, wait_until
 from tests.tiny_corpus import RunBsq
 
@@ -49,7 +49,7 @@ def test_a_worker_that_was_asked_to_go_costs_no_attempt(
     (worker,) = job.wait_until_standing()
     os.kill(worker, number)
     assert job.end() == 0, job.said
-    ledger = read_ledger(Storage(str(out)), 0)
+    ledger = read_ledger(open_storage(str(out)), 0)
     attempts = [attempt for attempts in ledger.failed_attempts.values() for attempt in attempts]
     assert len(attempts) == 2 and {attempt.counts for attempt in attempts} == {counts}
     assert all(number.name in attempt.message for attempt in attempts)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jobs.plan import JobPlan, plan_job, spread
 from pipeline.dataset_files import read_manifest
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from schemas.errors import SpecError
 from schemas.jobspec import parse_spec
 from tests.jobs.slow_server import slow_server
@@ -36,7 +36,7 @@ def test_a_plan_counts_what_the_job_then_makes(corpus: Path, tmp_path: Path, bsq
     plan = json.loads(planned.stdout)
     made = bsq("tokenize", corpus / "*.tar", "--out", tmp_path / "out", "--tokenizer", "stub", "--size", 64, "--no-ray")
     assert made.returncode == 3, "too many samples fail"
-    manifest = read_manifest(Storage(str(tmp_path / "out")))
+    manifest = read_manifest(open_storage(str(tmp_path / "out")))
     assert manifest is not None
     summary = manifest.summary
     assert (plan["shards"], plan["samples"], plan["rows"], plan["tokens"]) == (
@@ -52,6 +52,7 @@ def test_a_plan_counts_what_the_job_then_makes(corpus: Path, tmp_path: Path, bsq
     assert plan["seconds"] > 0 and plan["device_hours"] == pytest.approx(plan["seconds"] / 3600)
 
 
+@pytest.mark.long
 def test_slow_storage_is_named_as_the_limit(corpus: Path) -> None:
     values = {"tokenizer": "stub", "preprocess": {"size": 64}, "device": "cpu", "out": "unwritten"}
     with slow_server(corpus, bytes_per_second=100_000) as url:

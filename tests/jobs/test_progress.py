@@ -13,7 +13,7 @@ import jobs.progress
 from jobs.lease import take_lease
 from jobs.progress import ProgressMeter, read_status
 from pipeline.dataset_files import LedgerState
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from pipeline.worker import Heartbeat
 from schemas.errors import SpecError
 from schemas.lease import Progress
@@ -178,5 +178,5 @@ def test_status_works_on_an_object_store(object_store: Any, write_dataset: Write
     url = f"{object_store.url}/dataset"
     write_dataset(url=url, storage_options=object_store.storage_options, finished=False)
     assert read_status(url, object_store.storage_options).state == "interrupted"
-    take_lease(Storage(url, object_store.storage_options))
+    take_lease(open_storage(url, object_store.storage_options))
     assert read_status(url, object_store.storage_options).state == "running"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.dataset_files import read_ledger
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from tests.running_jobs import STUB, RunningJob, StartJob, wait_until
 from tests.tiny_corpus import BSQ, REPOSITORY, bsq_environment, dataset_files
 
@@ -75,7 +75,7 @@ def test_a_node_that_joins_gets_work_and_one_that_dies_costs_no_attempt(
     assert job.standing() == {other}
     assert job.end() == 0, job.said
     assert dataset_files(out) == local_files
-    ledger = read_ledger(Storage(str(out)), 0)
+    ledger = read_ledger(open_storage(str(out)), 0)
     lost = [attempt for attempts in ledger.failed_attempts.values() for attempt in attempts]
     assert len(lost) == 2 and not any(attempt.counts for attempt in lost), lost
     assert all("node has died" in attempt.message for attempt in lost)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dataset_files import read_ledger, read_manifest
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from tests.running_jobs import STUB, StartJob, is_alive, wait_until
 from tests.tiny_corpus import BSQ, RunBsq, bsq_environment, dataset_files
 
@@ -38,7 +38,7 @@ def test_an_actor_that_is_killed_with_shards_in_flight_while_another_commits_cos
     job = start("tokenize", *small_shards, "--out", out, *STUB, "--workers", 2, *options, hold_at="before_tokens")
     victim, survivor = job.wait_until_standing(2)
     assert job.pid not in (victim, survivor), "actors are processes of their own"
-    storage = Storage(out, object_store.storage_options)
+    storage = open_storage(out, object_store.storage_options)
     assert storage.list("tokens", recursive=True) == []
 
     def survivor_has_committed() -> bool:
@@ -66,7 +66,7 @@ def test_an_actor_that_is_killed_with_shards_in_flight_while_another_commits_cos
     assert verified.returncode == 0, verified.stdout + verified.stderr
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_a_sample_that_aborts_its_actor_costs_itself(small_shards: list[Path], tmp_path: Path, bsq: RunBsq) -> None:
     out = tmp_path / "out"
     fault = {"BSQTOK_DECODE_FAULT": "abort:000003,hang:000105"}
@@ -76,11 +76,12 @@ def test_a_sample_that_aborts_its_actor_costs_itself(small_shards: list[Path], t
     tables = sorted((out / "failures").rglob("*.parquet"))
     rows = [row for path in tables for row in pq.read_table(path).to_pylist()]
     assert [(row["key"], row["error"]) for row in rows] == [("000003", "WorkerCrash"), ("000105", "DecodeTimeout")]
-    ledger = read_ledger(Storage(str(out)), 0)
+    ledger = read_ledger(open_storage(str(out)), 0)
     assert sum(commit.rows for commit in ledger.commits.values()) == 14
     assert ledger.totals.poison == 2
 
 
+@pytest.mark.long
 def test_a_driver_on_ray_that_is_killed_leaves_no_process_and_its_job_goes_on(
     small_shards: list[Path], local_files: dict[str, str], tmp_path: Path, bsq: RunBsq, start: StartJob
 ) -> None:
@@ -108,7 +109,7 @@ def test_control_c_on_ray_keeps_what_was_read_and_names_the_command_that_goes_on
     assert "Traceback" not in "".join(job.said)
     assert f"bsq resume {out}" in job.said[1]
     assert not (out / "lease.json").exists()
-    ledger = read_ledger(Storage(str(out)), 0)
+    ledger = read_ledger(open_storage(str(out)), 0)
     assert 0 < len(ledger.commits) < 6
     assert ledger.failed_attempts == {}, "what was put down did not fail"
     assert bsq("resume", out, "--in-process").returncode == 0

@@ -79,7 +79,7 @@ def training_processes(pid):
 needs_two_cpus = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
 
 
-@pytest.mark.long
+@pytest.mark.longest
 @needs_two_cpus
 def test_two_processes_train_as_under_torchrun(tmp_path, small_shards, command):
     folders = [tmp_path / name for name in ("ray", "torchrun")]
@@ -102,7 +102,7 @@ def test_two_processes_train_as_under_torchrun(tmp_path, small_shards, command):
 
 
 @needs_two_cpus
-@pytest.mark.long
+@pytest.mark.longest
 @pytest.mark.parametrize("what", ["signal", "worker"])
 def test_a_run_goes_on_after_a_signal_to_the_command_and_after_a_process_was_killed(
     tmp_path, small_shards, command, what

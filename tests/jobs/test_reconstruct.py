@@ -19,7 +19,7 @@ from jobs.reconstruct import TokenDecoder, _read_originals, _spread_rows, descri
 from jobs.start import start_job
 from pipeline.dataset_files import read_job
 from pipeline.find_rows import find_rows, list_token_files, read_row
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from pipeline.write_video import encode_mp4
 from schemas.errors import BsqError, ShardNotFound, SpecError
 from schemas.jobspec import parse_spec
@@ -47,7 +47,9 @@ def tokenized(tmp_path_factory) -> str:
 def decoded(out: str, key: str, clip: int = 0, view: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """What the tokens of a row decode to, worked out with the tokenizer alone: uint8 [T, H, W, 3]."""
     (row,) = (
-        row.values for row in find_rows(Storage(out), key) if (row.values["clip"], row.values["view"]) == (clip, view)
+        row.values
+        for row in find_rows(open_storage(out), key)
+        if (row.values["clip"], row.values["view"]) == (clip, view)
     )
     packed = torch.frombuffer(bytearray(row["tokens"]), dtype=torch.uint8)[None]
     bits = unpack_bits(packed, row["frames"] * 16, 18).reshape(1, row["frames"], 4, 4, 18)
@@ -170,7 +172,7 @@ def test_a_token_file_that_is_gone_points_to_verify(write_dataset, tmp_path):
 
 
 def test_every_row_is_found_by_its_key_and_by_its_number(tokenized):
-    storage = Storage(tokenized)
+    storage = open_storage(tokenized)
     for source in list_token_files(storage):
         for number in range(source.rows):
             row = read_row(storage, source, number)
@@ -181,7 +183,7 @@ def test_every_row_is_found_by_its_key_and_by_its_number(tokenized):
 
 
 def test_originals_read_again_give_the_stored_tokens(tokenized):
-    storage = Storage(tokenized)
+    storage = open_storage(tokenized)
     job = read_job(storage)
     assert job is not None
     rows = [read_row(storage, source, number) for source in list_token_files(storage) for number in range(source.rows)]
@@ -197,15 +199,15 @@ def test_a_sheet_shows_original_above_reconstruction(tokenized, tmp_path):
     sheet = np.asarray(Image.open(side_by_side(tokenized, tmp_path / "s.png", keys=["000003", "walk/two"])))
     expected = decoded(tokenized, "000003")[0].repeat(5, 0).repeat(5, 1)  # 32 px enlarged to 160
     top = next(y for y in range(sheet.shape[0]) if np.array_equal(sheet[y : y + 160, 10:170], expected))
-    job = read_job(Storage(tokenized))
+    job = read_job(open_storage(tokenized))
     assert job is not None
-    original = _read_originals(find_rows(Storage(tokenized), "000003")[:1], job, None)[0][0]
+    original = _read_originals(find_rows(open_storage(tokenized), "000003")[:1], job, None)[0][0]
     assert np.array_equal(sheet[top - 162 : top - 2, 10:170], original.repeat(5, 0).repeat(5, 1))
 
 
 @pytest.mark.parametrize("count", [1, 3, 13, 26, 100])
 def test_without_keys_rows_are_spread_evenly_over_the_dataset(tokenized, count):
-    storage = Storage(tokenized)
+    storage = open_storage(tokenized)
     every = [read_row(storage, source, number) for source in list_token_files(storage) for number in range(source.rows)]
     places = [every.index(row) for row in _spread_rows(storage, count, None)]
     assert len(places) == min(count, len(every))
@@ -263,7 +265,7 @@ def test_odd_sides_are_padded_for_h264(tmp_path):
 
 
 def test_the_first_frames_alone_decode_to_what_they_do_among_the_others(tokenized):
-    storage = Storage(tokenized)
+    storage = open_storage(tokenized)
     job = read_job(storage)
     assert job is not None
     row = next(row for row in find_rows(storage, "walk/one") if row.values["frames"] == 8)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from jobs.report import Report, write_report
 from jobs.start import start_job
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from schemas.errors import BsqError, SpecError
 from schemas.jobspec import parse_spec
 from schemas.ledger import Attempt
@@ -314,7 +314,7 @@ def test_a_dataset_in_an_object_store_has_a_page_there(write_dataset, object_sto
     target = f"{object_store.url}/pages/r.html"
     report = write_report(dataset.url, target, storage_options=dataset.storage_options)
     assert report.url == target
-    page = Storage(f"{object_store.url}/pages", object_store.storage_options).read_bytes("r.html").decode()
+    page = open_storage(f"{object_store.url}/pages", object_store.storage_options).read_bytes("r.html").decode()
     assert "s3://bucket/dataset" in page
     assert object_store.storage_options["secret"] not in page
 

@@ -16,7 +16,7 @@ from jobs.report.speed import measure_rate, storage_of
 from jobs.retry import retry_job
 from jobs.start import start_job
 from pipeline.dataset_files import read_manifest
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from schemas.failures import Failure
 from schemas.jobspec import parse_spec
 from schemas.ledger import StageSeconds
@@ -240,7 +240,7 @@ def test_totals_are_those_of_the_manifest_whatever_was_won_back_later(tmp_path, 
     start_job(parse_spec(spec, source="test"), runner="in-process")
     late.write_bytes(small_shards[0].read_bytes())
     damaged.write_bytes(small_shards[1].read_bytes())
-    storage = Storage(str(tmp_path / "out"))
+    storage = open_storage(str(tmp_path / "out"))
     seen = []
     for kind in ("retry", "retry-samples", "retry-damaged"):
         asked = parse_spec({"limits": {"max_pixels": 1 << 20}} if kind == "retry-samples" else {}, source="test")

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import scale
 from jobs.progress import read_status
 from pipeline.dataset_files import read_ledger, read_manifest
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 
 NUM_SHARDS = 10_000
 
@@ -32,7 +32,7 @@ def finished(folder: Path, interrupted: dict[str, Any]) -> dict[str, Any]:
     """The same job, resumed in another process."""
     status = read_status(str(folder / "out"))
     assert status.state == "interrupted"
-    assert status.progress.committed == len(read_ledger(Storage(str(folder / "out")), 0).commits) < NUM_SHARDS
+    assert status.progress.committed == len(read_ledger(open_storage(str(folder / "out")), 0).commits) < NUM_SHARDS
     return scale.run_phase("resume", str(folder / "out"), NUM_SHARDS)
 
 
@@ -53,7 +53,7 @@ def test_a_job_that_was_interrupted_gives_the_manifest_of_one_that_was_not(
     num_failed = NUM_SHARDS // scale.FAILING
     assert (finished["committed"], finished["failed"]) == (NUM_SHARDS - num_failed, num_failed)
     scale.begin(str(folder / "whole"), NUM_SHARDS)
-    resumed, whole = (read_manifest(Storage(str(folder / name))) for name in ("out", "whole"))
+    resumed, whole = (read_manifest(open_storage(str(folder / name))) for name in ("out", "whole"))
     assert resumed is not None and whole is not None
     shards = resumed.table["shard"].to_numpy()
     expected = [shard for shard in range(NUM_SHARDS) if shard % scale.FAILING != scale.FAILING - 1]

@@ -14,7 +14,7 @@ from jobs.commit_table import read_commit_table
 from jobs.sample_rows import choose_rows, read_rows
 from jobs.start import start_job
 from jobs.verify_decode import retokenize
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from schemas.errors import SpecError
 from schemas.jobspec import parse_spec
 from tests.tiny_corpus import jpeg, mp4, photo_members, write_tar
@@ -54,7 +54,7 @@ def test_every_row_of_an_untouched_dataset_is_equal(untouched):
 
 
 def test_the_seed_chooses_the_rows_and_each_is_as_likely(untouched):
-    commits = read_commit_table(Storage(untouched))
+    commits = read_commit_table(open_storage(untouched))
     chosen = [choose_rows(commits, 5, seed) for seed in range(400)]
     assert chosen[3] == choose_rows(commits, 5, 3) != chosen[4]
     counts = np.unique([file * 100 + row for rows in chosen for file, row in rows], return_counts=True)[1]
@@ -63,7 +63,7 @@ def test_the_seed_chooses_the_rows_and_each_is_as_likely(untouched):
 
 
 def test_rows_come_from_their_places(untouched):
-    storage = Storage(untouched)
+    storage = open_storage(untouched)
     commits = read_commit_table(storage)
     every = [(file, row) for file, rows in enumerate(commits.column("rows").tolist()) for row in range(rows)]
     keys = [(row.values["key"], row.values["clip"], row.values["view"]) for row in read_rows(storage, commits, every)]

@@ -18,7 +18,7 @@ from jobs.start import start_job
 from jobs.verify import verify_dataset
 from pipeline.check_files import check_shard_parts
 from pipeline.dataset_files import read_ledger, read_manifest, serialise_plan
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from schemas.errors import BsqError
 from schemas.jobspec import parse_spec
 from schemas.ledger import Commit
@@ -50,7 +50,7 @@ def out(made: Path, tmp_path: Path) -> Path:
 
 
 def commits(out: Path) -> list[Commit]:
-    storage = Storage(str(out))
+    storage = open_storage(str(out))
     return [commit for generation in range(3) for commit in read_ledger(storage, generation).commits.values()]
 
 
@@ -60,7 +60,7 @@ def edit_json(path: Path, **values: Any) -> None:
 
 def write_other_manifest(out: Path) -> None:
     """What generation 0 is said to have, in a way that its own hash agrees with."""
-    manifest = read_manifest(Storage(str(out)), 0)
+    manifest = read_manifest(open_storage(str(out)), 0)
     assert manifest is not None
     rows = [row | {"worker": "someone else"} for row in manifest.table.to_pylist()]
     data = serialise_manifest(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA))
@@ -118,7 +118,7 @@ def test_a_generation_whose_record_is_damaged_ends_it_with_one_line(out: Path) -
 
 
 def test_a_row_in_two_parts_and_a_sample_in_none_are_named(out: Path) -> None:
-    storage = Storage(str(out))
+    storage = open_storage(str(out))
     first, second, _ = commits(out)
     assert check_shard_parts(storage, [first, second]) == []
     twice = second.model_copy(update={"file": first.file})

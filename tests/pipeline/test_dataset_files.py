@@ -26,7 +26,7 @@ from pipeline.dataset_files import (
     serialise_plan,
 )
 from pipeline.parquet import read_parquet
-from pipeline.storage import Storage
+from pipeline.storage import Storage, open_storage
 from schemas.errors import BsqError
 from schemas.ledger import Arithmetic, Attempt, Commit, GivenUp, SourceRecord, Summary, segment_name
 from schemas.manifest import ManifestSummary, manifest_table, serialise_manifest
@@ -77,7 +77,7 @@ def publish(storage: Storage, first: int, records: list[Record], last: int | Non
 
 @pytest.fixture
 def storage(tmp_path):
-    return Storage(str(tmp_path / "out"))
+    return open_storage(str(tmp_path / "out"))
 
 
 # --- the rules

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.dataset_files import plan_name, serialise_plan
 from pipeline.generations import Plan, generation_name, list_begun, read_plans
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from schemas.jobspec import merge_specs, parse_spec, selection_differences
 
 PLANS = st.lists(st.dictionaries(st.integers(0, 50), st.text("ab*", min_size=1), max_size=8), max_size=4)
@@ -39,7 +39,7 @@ def test_of_several_plans_the_last_that_names_a_shard_says_its_url(plans: list[d
 
 
 def test_a_generation_is_begun_when_its_record_exists(tmp_path: Path) -> None:
-    storage = Storage(str(tmp_path))
+    storage = open_storage(str(tmp_path))
     storage.publish(plan_name(0), serialise_plan(["a.tar"]))
     storage.publish(plan_name(1), serialise_plan(["b.tar"], [1]))
     assert list_begun(storage) == [0]

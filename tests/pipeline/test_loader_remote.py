@@ -12,7 +12,7 @@ import torch
 
 from pipeline import TokenDataset, TokenLoader
 from pipeline.file_cache import FOLDER, FileCache
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from schemas.errors import BsqError, SpecError
 from tests.token_datasets import TokenDatasetWriter
 
@@ -104,7 +104,7 @@ class TestCache:
     @pytest.fixture
     def store(self, tmp_path):
         """Ten files of 1,000 bytes."""
-        storage = Storage(str(tmp_path / "store"))
+        storage = open_storage(str(tmp_path / "store"))
         self.files = {}
         for number in range(10):
             data = bytes([number]) * 1000
@@ -198,7 +198,7 @@ class TestCache:
 
 def read_all(job):
     cache_dir, store_url, files, seed = job
-    cache, store = FileCache(Path(cache_dir), 3500), Storage(store_url)
+    cache, store = FileCache(Path(cache_dir), 3500), open_storage(store_url)
     most = 0
     for turn in range(60):
         number = (turn * (2 * seed + 3) + seed) % 10

@@ -15,7 +15,7 @@ from pipeline.publish import failure_table_name, find_published, publish_shard, 
 from pipeline.rows import Row, ShardRows
 from pipeline.sample import Member, Sample
 from pipeline.sidecars import Sidecars
-from pipeline.storage import Storage
+from pipeline.storage import Storage, open_storage
 from schemas.errors import CaptionNotText, MediaCorrupt, TarTruncated
 from schemas.job import Job
 from schemas.jobspec import parse_spec
@@ -33,7 +33,7 @@ def job() -> Job:
 
 @pytest.fixture
 def storage(tmp_path: Path) -> Storage:
-    return Storage(str(tmp_path / "out"))
+    return open_storage(str(tmp_path / "out"))
 
 
 def finished_shard(*, failures: bool = True, number: int = 1042, rows: int = 3) -> ShardRows:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage import Storage, printable_error, printable_url
+from pipeline.credentials import printable_error, printable_url
+from pipeline.storage import open_storage
 from schemas.errors import OutputError, OutputFull, OutputNotWritable, SpecError
 
 SECRET = "wJalrXUtnFEMI/K7MDENG"
@@ -36,12 +37,12 @@ def s3_options():
 @pytest.fixture(params=["local", "s3", "memory"])
 def storage(request, tmp_path):
     if request.param == "local":
-        return Storage(str(tmp_path / "out"))
+        return open_storage(str(tmp_path / "out"))
     if request.param == "memory":
-        return Storage(f"memory://{tmp_path.name}/out")
+        return open_storage(f"memory://{tmp_path.name}/out")
     options = request.getfixturevalue("s3_options")
     bucket = re.sub("[^a-z0-9]", "", tmp_path.name.lower()) + "bucket"
-    store = Storage(f"s3://{bucket}/out", options)
+    store = open_storage(f"s3://{bucket}/out", options)
     store._fs.mkdir(bucket)
     return store
 
@@ -128,7 +129,7 @@ def test_of_many_takeovers_one_wins(storage):
 
 
 def _create(folder, name, number, queue):
-    queue.put((number, Storage(folder).create_only(name, b"process %d" % number)))
+    queue.put((number, open_storage(folder).create_only(name, b"process %d" % number)))
 
 
 def test_of_two_processes_one_wins_a_new_name(tmp_path):
@@ -146,19 +147,19 @@ def test_of_two_processes_one_wins_a_new_name(tmp_path):
 
 
 def test_stores_that_ignore_the_condition_are_found_out(s3_options, monkeypatch):
-    storage = Storage("s3://unfenced/out", s3_options)
+    storage = open_storage("s3://unfenced/out", s3_options)
     storage._fs.mkdir("unfenced")
     assert storage.fenced and storage.list() == []
-    careless = Storage("s3://unfenced/out", s3_options)
+    careless = open_storage("s3://unfenced/out", s3_options)
     put = careless._put
     monkeypatch.setattr(careless, "_put", lambda name, data, mode="overwrite": put(name, data))
     assert not careless.fenced
     assert careless.create_only("a", b"1") and not careless.create_only("a", b"2")
-    assert not Storage("memory://x").fenced
+    assert not open_storage("memory://x").fenced
 
 
 def test_a_put_whose_answer_was_lost_still_counts_as_won(s3_options, monkeypatch):
-    storage = Storage("s3://lost/out", s3_options, first_wait=0.01)
+    storage = open_storage("s3://lost/out", s3_options, first_wait=0.01)
     storage._fs.mkdir("lost")
     assert storage.fenced
     put, calls = storage._put, []
@@ -176,7 +177,7 @@ def test_a_put_whose_answer_was_lost_still_counts_as_won(s3_options, monkeypatch
 
 
 def test_nothing_is_visible_before_the_last_step(tmp_path):
-    storage = Storage(str(tmp_path))
+    storage = open_storage(str(tmp_path))
     seen = []
 
     def look(step):
@@ -193,14 +194,14 @@ def test_an_error_in_between_leaves_no_temporary(tmp_path):
     def fail(step):
         raise RuntimeError(step)
 
-    storage = Storage(str(tmp_path))
+    storage = open_storage(str(tmp_path))
     with pytest.raises(RuntimeError, match="after_temp"):
         storage.publish("a.bin", b"x", on_step=fail)
     assert names_in(tmp_path) == []
 
 
 def test_old_temporaries_are_swept_and_nothing_else(tmp_path):
-    storage = Storage(str(tmp_path))
+    storage = open_storage(str(tmp_path))
     names = [".a.parquet.12.0123456789abcdef.tmp", "a.parquet", ".hidden", "b.tmp", ".c.tmp"]
     folder = tmp_path / "tokens"
     folder.mkdir()
@@ -217,10 +218,10 @@ def test_a_full_disk_leaves_no_partial_file(tmp_path):
     """A limit on file size stands in for a full disk: the same write fails half-way."""
     program = """
 import resource, sys
-from pipeline.storage import Storage
+from pipeline.storage import Storage, open_storage
 from schemas.errors import OutputFull
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
-for write in (Storage(sys.argv[1]).publish, Storage(sys.argv[1]).create_only):
+for write in (open_storage(sys.argv[1]).publish, open_storage(sys.argv[1]).create_only):
     try:
         write("a.bin", bytes(1 << 18))
     except OutputFull as error:
@@ -237,7 +238,7 @@ def test_a_folder_that_cannot_be_made_is_not_writable(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     for url in (tmp_path / "file", tmp_path / "file" / "deeper", "/proc/1/nothing"):
         with pytest.raises(OutputNotWritable) as caught:
-            Storage(str(url)).publish("tokens/a.bin", b"x")
+            open_storage(str(url)).publish("tokens/a.bin", b"x")
         assert len(str(caught.value).splitlines()) == 1 and "a.bin" in str(caught.value)
 
 
@@ -245,44 +246,44 @@ def test_a_folder_that_cannot_be_made_is_not_writable(tmp_path):
 def test_a_folder_without_write_permission_is_not_writable(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(OutputNotWritable):
-        Storage(str(tmp_path)).publish("a.bin", b"x")
+        open_storage(str(tmp_path)).publish("a.bin", b"x")
     tmp_path.chmod(0o700)
 
 
 def test_a_name_that_is_a_folder_is_not_writable(tmp_path):
     (tmp_path / "a.bin" / "x").mkdir(parents=True)
     with pytest.raises(OutputNotWritable):
-        Storage(str(tmp_path)).publish("a.bin", b"x")
+        open_storage(str(tmp_path)).publish("a.bin", b"x")
     assert names_in(tmp_path) == ["a.bin"]
 
 
 def test_a_missing_bucket_is_named_and_no_secret_with_it(s3_options):
-    storage = Storage("s3://no-such-bucket/out", s3_options, attempts=2, first_wait=0.01)
+    storage = open_storage("s3://no-such-bucket/out", s3_options, attempts=2, first_wait=0.01)
     with pytest.raises(OutputNotWritable) as caught:
         storage.publish("a.bin", b"x")
     assert "no-such-bucket" in str(caught.value) and SECRET not in str(caught.value)
 
 
 def test_objects_too_large_for_one_put_are_refused(monkeypatch):
-    monkeypatch.setattr("pipeline.storage.MAX_PUT_BYTES", 10)
+    monkeypatch.setattr("pipeline.storage.object_store.MAX_PUT_BYTES", 10)
     with pytest.raises(OutputError, match="smaller shards"):
-        Storage("memory://x").publish("a.bin", bytes(11))
+        open_storage("memory://x").publish("a.bin", bytes(11))
 
 
 def test_names_never_leave_the_output(tmp_path):
     for name in ("../a", "/etc/passwd", "a//b", "a/../../b", "."):
         with pytest.raises(AssertionError):
-            Storage(str(tmp_path)).read_bytes(name)
+            open_storage(str(tmp_path)).read_bytes(name)
 
 
 def test_an_unknown_protocol_is_a_mistake_in_the_spec():
     with pytest.raises(SpecError, match="nosuch"):
-        Storage("nosuch://bucket/out")
+        open_storage("nosuch://bucket/out")
 
 
 def test_the_url_of_a_name_opens_it(tmp_path):
-    assert Storage(str(tmp_path)).url_of("a/b") == f"{tmp_path}/a/b"
-    assert Storage("memory://x/").url_of("a/b") == "memory://x/a/b"
+    assert open_storage(str(tmp_path)).url_of("a/b") == f"{tmp_path}/a/b"
+    assert open_storage("memory://x/").url_of("a/b") == "memory://x/a/b"
 
 
 @pytest.mark.parametrize(
@@ -319,7 +320,7 @@ def test_errors_are_shown_without_credentials():
 def test_full_and_unwritable_are_told_apart(tmp_path, monkeypatch):
     import errno
 
-    storage = Storage(str(tmp_path))
+    storage = open_storage(str(tmp_path))
     for number, expected in ((errno.ENOSPC, OutputFull), (errno.EDQUOT, OutputFull), (errno.EROFS, OutputNotWritable),
                              (errno.EACCES, OutputNotWritable), (errno.EIO, OutputError)):  # fmt: skip
 
@@ -335,7 +336,7 @@ def test_full_and_unwritable_are_told_apart(tmp_path, monkeypatch):
 
 def test_what_lies_below_a_file_is_not_there_and_cannot_be_listed_or_written(tmp_path):
     (tmp_path / "file.txt").write_bytes(b"x")
-    storage = Storage(str(tmp_path / "file.txt"))
+    storage = open_storage(str(tmp_path / "file.txt"))
     with pytest.raises(FileNotFoundError):
         storage.read_bytes("job.json")
     assert not storage.exists("job.json")

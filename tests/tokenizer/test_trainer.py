@@ -160,7 +160,7 @@ def test_recomputed_activations_give_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_compiled_code_learns_the_same(tmp_path):
     """Of pictures and of clips, with a discriminator and its penalty."""
     curves = []
