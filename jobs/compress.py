@@ -19,7 +19,7 @@ from jobs.share_bar import ShareBar
 from pipeline.dataset import TokenDataset
 from pipeline.dataset_files import JOB_NAME, read_job
 from pipeline.encode import choose_device
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from schemas.bsqfile import FINGERPRINT_BYTES, SUFFIX, BsqFile
 from schemas.errors import OutputNotOurs, SpecError, printable
 from tokenizer.checkpoint import CheckpointFiles, build_model, read_checkpoint
@@ -42,7 +42,8 @@ class CompressOptions:
     fps: float | Literal["source"] = "source"
     limit: int | None = None
     """The most rows of each dataset; None: all."""
-    lanes: int = DEFAULT_LANES
+    lanes: int | None = None
+    """Clips that are coded side by side; None: 32, or as many as there are."""
     device: str = "cpu"
 
 
@@ -74,13 +75,14 @@ def compress(
     with ShareBar(stream) as bar:
         tokenized = _Tokenizing(options, prior.config, prior_files, storage_options, bar)
         items = list(tokenized.read(inputs))
-        base = tokenized.base_file(prior_files, prior.place.device, options.lanes)
+        num_clips = sum(len(each.clips) for each in items)
+        coder = PriorCoder(prior, lanes=options.lanes or min(DEFAULT_LANES, num_clips))
+        base = tokenized.base_file(prior_files, prior.place.device, coder.lanes)
         names = [PACK_NAME] if options.pack else _file_names(items)
         require_free(Path(out), names)
-        coder = PriorCoder(prior, lanes=options.lanes)
         groups = [items] if options.pack else [[each] for each in items]
         files = encode_files(coder, base, groups, is_pack=options.pack, bar=bar)
-    storage = Storage(str(Path(out).absolute()))
+    storage = open_storage(str(Path(out).absolute()))
     written = []
     for name, file in zip(names, files, strict=True):
         content = file.to_bytes()
@@ -108,7 +110,7 @@ class _Tokenizing:
 
     def read(self, inputs: Sequence[str]) -> Iterator[TokenizedItem]:
         for number, each in enumerate(inputs):
-            if not Path(each).is_file() and Storage(each, self._storage_options).exists(JOB_NAME):
+            if not Path(each).is_file() and open_storage(each, self._storage_options).exists(JOB_NAME):
                 yield from self._rows(each)
             else:
                 yield self._media_reader().read(Path(each))
@@ -148,7 +150,7 @@ class _Tokenizing:
         dataset = TokenDataset(
             url, columns=columns, view="packed", views="all", storage_options=dict(self._storage_options or {})
         )
-        job = read_job(Storage(url, self._storage_options))
+        job = read_job(open_storage(url, self._storage_options))
         assert job is not None
         config = BSQViTConfig.from_json_dict(job.tokenizer.config)
         if config.grid != dataset.info.grid:

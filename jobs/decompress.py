@@ -17,7 +17,7 @@ from jobs.coded_inputs import FRAMES_AT_ONCE, PackedClip, pack_clip
 from jobs.compress import require_fitting, require_free, safe_name, tokens_checksum
 from jobs.share_bar import ShareBar
 from pipeline.encode import choose_device
-from pipeline.storage import Storage
+from pipeline.storage import open_storage
 from pipeline.tiles import join_tiles
 from pipeline.write_video import encode_mp4
 from schemas.bsqfile import ARITHMETICS, FINGERPRINT_BYTES, MAX_FILE_BYTES, BsqFile, CodedItem, parse_bsq
@@ -75,7 +75,7 @@ def decompress(
     device = _device_of(named)
     loaded = build_prior(prior_files, device=device)
     model = None if tokens else build_model(model_files, device=device)
-    storage = Storage(str(Path(out).absolute()))
+    storage = open_storage(str(Path(out).absolute()))
     written: list[Path] = []
     with ShareBar(stream) as bar:
         for group in _groups(list(zip(named, names, strict=True))):

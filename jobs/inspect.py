@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs.display import describe_bytes
+from jobs.inspect_compression import describe_bsq, describe_prior, is_prior
 from pipeline.credentials import printable_url
 from pipeline.dataset_files import (
     JOB_NAME,
@@ -29,6 +30,7 @@ from pipeline.dataset_files import (
 from pipeline.generations import command_of, list_begun, read_generation
 from pipeline.parquet import PARQUET_ERRORS, open_parquet, read_parquet
 from pipeline.storage import Storage, open_storage
+from schemas.bsqfile import MAGIC
 from schemas.errors import BsqError, SpecError
 from schemas.failures import FAILURE_SCHEMA
 from schemas.job import GenerationRecord, Job
@@ -54,7 +56,8 @@ def describe(url: str, storage_options: Mapping[str, Any] | None = None) -> str:
     if storage.exists(JOB_NAME):
         return _describe_dataset(storage)
     if storage.exists("config.json") and storage.exists("model.safetensors"):
-        return _describe_tokenizer(storage)
+        is_tokenizer = not is_prior(storage.read_bytes("config.json"))
+        return _describe_tokenizer(storage) if is_tokenizer else describe_prior(storage)
     parent, slash, name = url.rpartition("/")
     folder = open_storage(parent or slash or ".", storage_options)
     if name and folder.exists(name):
@@ -239,6 +242,8 @@ def _describe_file(storage: Storage, name: str) -> str:
     what = storage.printable(name)
     if head[:4] == b"PAR1":
         return _describe_parquet(storage, name)
+    if head.startswith(MAGIC):
+        return describe_bsq(storage, name)
     if segment_range(name) is not None:
         return _describe_segment(storage, name)
     if name == LEASE_NAME or (name.endswith(".json") and head[:1] == b"{"):

@@ -64,7 +64,9 @@ def inspect(
     url: Annotated[
         str,
         typer.Argument(
-            metavar="FILE|DIR", help="A dataset, token file, failure table or tokenizer.", show_default=False
+            metavar="FILE|DIR",
+            help="A dataset, token file, failure table, tokenizer, prior or .bsq file.",
+            show_default=False,
         ),
     ],
     storage_option: StorageOptions = None,
