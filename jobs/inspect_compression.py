@@ -32,7 +32,7 @@ def describe_bsq(storage: Storage, name: str) -> str:
                "for the payload alone)"),
         _field("tokenizer", f"weights {file.tokenizer.hex()[:8]}"),
         _field("prior", f"weights {file.prior.hex()[:8]}"),
-        _field("arithmetic", f"{ARITHMETICS[file.arithmetic]}, {file.lanes} lanes, the first in lane {file.first_lane}"),
+        _field("arithmetic", f"{ARITHMETICS[file.arithmetic]}, {file.lanes} lanes, from lane {file.first_lane} on"),
         _field("checksum", f"{file.tokens_crc32:08x} of the tokens"),
     ]  # fmt: skip
     if file.is_pack:
@@ -59,7 +59,7 @@ def describe_prior(storage: Storage) -> str:
                    f"{config.grid[1]} tokens for each frame, clips of up to {config.max_frames} frames"),
             _field("from", f"the tokens of {config.context_frames} frames before"),
             _field("tokenizer", f"weights {config.tokenizer_sha256[:8] or 'not known'}"),
-            _field("size", f"width {config.width}, {config.layers} layers, {describe_bytes(len(files.model_safetensors))}"),
+            _field("size", f"width {config.width}, {config.layers} layers, {describe_bytes(storage.size(MODEL_FILE))}"),
         ]
     )  # fmt: skip
 

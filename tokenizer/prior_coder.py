@@ -92,6 +92,7 @@ class PriorCoder:
         return self._each(lambda pair: self._decode_block(*pair), blocks)
 
     def _encode_block(self, block: Block, clips: Sequence[Sequence[Bits]]) -> list[bytes]:
+        self._require_lanes(block)
         config, stream = self.prior.config, self._constriction.stream
         num_tokens = max(max(each.frames) for each in block) * config.tokens_per_frame
         symbols_BMG = np.zeros((self.lanes, num_tokens, config.num_groups), np.int64)
@@ -113,6 +114,7 @@ class PriorCoder:
         return [each.astype(f"<u{_WORD_BYTES}").tobytes().rstrip(b"\0") for each in words]
 
     def _decode_block(self, block: Block, streams: Sequence[bytes]) -> list[list[Bits]]:
+        self._require_lanes(block)
         config, stream = self.prior.config, self._constriction.stream
         num_tokens = max(max(each.frames) for each in block) * config.tokens_per_frame
         symbols_BMG = np.zeros((self.lanes, num_tokens, config.num_groups), np.int64)
@@ -140,7 +142,6 @@ class PriorCoder:
 
     def _walk(self, block: Block, code: Callable[[int, npt.NDArray[np.int64], int, int, Weights], Symbols]) -> None:
         """Go through all symbols; `code` is told stream, lanes, token, group and frequencies, and gives the symbols."""
-        self._require_lanes(block)
         config, device = self.prior.config, self.prior.place.device
         lengths = [np.array(each.frames) * config.tokens_per_frame for each in block]
         num_tokens = max(int(each.max()) for each in lengths)
