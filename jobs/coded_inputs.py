@@ -109,12 +109,13 @@ class MediaReader:
             yield from map(pack_clip, self.model.encode(tiles.to(device)).cpu().numpy())
 
 
-def read_rows(dataset: TokenDataset, size: int, limit: int | None, most_frames: int) -> Iterator[TokenizedItem]:
+def read_rows(dataset: TokenDataset, patch: int, limit: int | None, most_frames: int) -> Iterator[TokenizedItem]:
     """The rows of a dataset that was opened with view="packed" and the columns that name a row.
 
-    `size` is the side of its frames in pixels.  Raises SpecError for a row of more frames than the prior takes."""
+    `patch` is the side of a token in pixels.  Raises SpecError for a row of more frames than the prior takes."""
     count = len(dataset) if limit is None else min(limit, len(dataset))
     info = dataset.info
+    height, width = (side * patch for side in info.grid)
     for first in range(0, count, ROWS_AT_ONCE):
         for row in dataset.__getitems__(range(first, min(count, first + ROWS_AT_ONCE))):
             frames = int(row["frames"])
@@ -126,4 +127,4 @@ def read_rows(dataset: TokenDataset, size: int, limit: int | None, most_frames: 
                 )
             num_bytes = packed_size(frames * info.grid[0] * info.grid[1], info.bits)
             clip = PackedClip(frames, np.array(row["packed"].numpy().reshape(-1)[:num_bytes]))
-            yield TokenizedItem(CodedItem(size, size, frames, name=name), [clip])
+            yield TokenizedItem(CodedItem(width, height, frames, name=name), [clip])

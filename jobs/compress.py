@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
 
-import torch
-
 from jobs.coded_inputs import MediaReader, PackedClip, TokenizedItem, read_rows
 from jobs.share_bar import ShareBar
 from pipeline.dataset import TokenDataset
@@ -22,7 +20,7 @@ from pipeline.encode import choose_device
 from pipeline.storage import open_storage
 from schemas.bsqfile import FINGERPRINT_BYTES, SUFFIX, BsqFile
 from schemas.errors import OutputNotOurs, SpecError, printable
-from tokenizer.checkpoint import CheckpointFiles, build_model, read_checkpoint
+from tokenizer.checkpoint import build_model, read_checkpoint
 from tokenizer.config import BSQViTConfig
 from tokenizer.prior_checkpoint import build_prior, read_prior
 from tokenizer.prior_coder import DEFAULT_LANES, Block, PriorCoder, StreamClips, cut_runs
@@ -73,11 +71,25 @@ def compress(
     prior_files = read_prior(options.prior, storage_options=storage_options)
     prior = build_prior(prior_files, device=choose_device(options.device))
     with ShareBar(stream) as bar:
-        tokenized = _Tokenizing(options, prior.config, prior_files, storage_options, bar)
+        tokenized = _Tokenizing(options, prior.config, prior_files.where, storage_options, bar)
         items = list(tokenized.read(inputs))
+        if tokenized.sizes is None or not items:
+            raise SpecError(f"{inputs[0]}: the dataset has no rows.")
         num_clips = sum(len(each.clips) for each in items)
         coder = PriorCoder(prior, lanes=options.lanes or min(DEFAULT_LANES, num_clips))
-        base = tokenized.base_file(prior_files, prior.place.device, coder.lanes)
+        sizes = tokenized.sizes
+        base = BsqFile(
+            items=(),
+            streams=(),
+            tokenizer=bytes.fromhex(sizes.sha256)[:FINGERPRINT_BYTES],
+            prior=bytes.fromhex(prior_files.weight_sha256())[:FINGERPRINT_BYTES],
+            bits=sizes.bits,
+            grid=sizes.grid,
+            patch=sizes.patch,
+            clip_frames=max(clip.frames for each in items for clip in each.clips),
+            lanes=coder.lanes,
+            arithmetic=0 if prior.place.device.type == "cpu" else 1,
+        )
         names = [PACK_NAME] if options.pack else _file_names(items)
         require_free(Path(out), names)
         groups = [items] if options.pack else [[each] for each in items]
@@ -91,24 +103,38 @@ def compress(
     return written
 
 
+class TokenSizes(NamedTuple):
+    """What the tokens of a tokenizer are."""
+
+    bits: int
+    grid: tuple[int, int]
+    patch: int
+    sha256: str
+
+    @classmethod
+    def of_model(cls, config: BSQViTConfig, sha256: str) -> TokenSizes:
+        return cls(config.bits_per_token, config.grid, config.patch_size, sha256)
+
+
 class _Tokenizing:
-    """Reads inputs of one tokenizer."""
+    """Reads inputs, all of one tokenizer."""
 
     def __init__(
         self,
         options: CompressOptions,
         prior: PriorConfig,
-        prior_files: CheckpointFiles,
+        prior_name: str,
         storage_options: Mapping[str, Any] | None,
         bar: ShareBar,
     ) -> None:
-        self._options, self._prior, self._prior_files = options, prior, prior_files
+        self.sizes: TokenSizes | None = None
+        """Known after the first input."""
+        self._options, self._prior, self._prior_name = options, prior, prior_name
         self._storage_options, self._bar = storage_options, bar
         self._reader: MediaReader | None = None
-        self._config: BSQViTConfig | None = None
-        self._sha256 = ""
 
     def read(self, inputs: Sequence[str]) -> Iterator[TokenizedItem]:
+        """The items of all inputs.  Raises SpecError for one that cannot be read or is of another tokenizer."""
         for number, each in enumerate(inputs):
             if not Path(each).is_file() and open_storage(each, self._storage_options).exists(JOB_NAME):
                 yield from self._rows(each)
@@ -116,33 +142,16 @@ class _Tokenizing:
                 yield self._media_reader().read(Path(each))
             self._bar.show((number + 1) / len(inputs) / 2, f"{number + 1:,} of {len(inputs):,} inputs tokenized")
 
-    def base_file(self, prior_files: CheckpointFiles, device: torch.device, lanes: int) -> BsqFile:
-        """What all files have in common."""
-        assert self._config is not None
-        return BsqFile(
-            items=(),
-            streams=(),
-            tokenizer=bytes.fromhex(self._sha256)[:FINGERPRINT_BYTES],
-            prior=bytes.fromhex(prior_files.weight_sha256())[:FINGERPRINT_BYTES],
-            bits=self._config.bits_per_token,
-            grid=self._config.grid,
-            patch=self._config.patch_size,
-            clip_frames=self._clip_frames,
-            lanes=lanes,
-            arithmetic=0 if device.type == "cpu" else 1,
-        )
-
-    @property
-    def _clip_frames(self) -> int:
-        assert self._config is not None
-        return min(self._config.max_frames, self._prior.max_frames)
-
     def _media_reader(self) -> MediaReader:
         if self._reader is None:
             files = read_checkpoint(self._options.tokenizer, storage_options=self._storage_options)
-            self._take(files.config(), files.weight_sha256(), self._options.tokenizer)
-            model = build_model(files, device=choose_device(self._options.device))
-            self._reader = MediaReader(model=model, clip_frames=self._clip_frames, fps=self._options.fps)
+            config = files.config()
+            self._take(TokenSizes.of_model(config, files.weight_sha256()), self._options.tokenizer)
+            self._reader = MediaReader(
+                model=build_model(files, device=choose_device(self._options.device)),
+                clip_frames=min(config.max_frames, self._prior.max_frames),
+                fps=self._options.fps,
+            )
         return self._reader
 
     def _rows(self, url: str) -> Iterator[TokenizedItem]:
@@ -152,30 +161,28 @@ class _Tokenizing:
         )
         job = read_job(open_storage(url, self._storage_options))
         assert job is not None
-        config = BSQViTConfig.from_json_dict(job.tokenizer.config)
-        if config.grid != dataset.info.grid:
-            config = replace(config, image_size=dataset.info.grid[0] * config.patch_size)
-        self._take(config, dataset.info.weight_sha256, printable(url))
-        yield from read_rows(dataset, config.image_size, self._options.limit, self._clip_frames)
+        info, patch = dataset.info, job.tokenizer.patch_size
+        self._take(TokenSizes(info.bits, info.grid, patch, info.weight_sha256), info.url)
+        yield from read_rows(dataset, patch, self._options.limit, self._prior.max_frames)
 
-    def _take(self, config: BSQViTConfig, sha256: str, where: str) -> None:
-        require_fitting(self._prior, self._prior_files.where, config, sha256, where)
-        if self._sha256 not in ("", sha256):
+    def _take(self, sizes: TokenSizes, where: str) -> None:
+        require_fitting(self._prior, self._prior_name, sizes, where)
+        if self.sizes not in (None, sizes):
             raise SpecError(f"{where}: its tokens are of another tokenizer than those of the inputs before it.")
-        self._config, self._sha256 = config, sha256
+        self.sizes = sizes
 
 
-def require_fitting(prior: PriorConfig, prior_name: str, config: BSQViTConfig, sha256: str, where: str) -> None:
+def require_fitting(prior: PriorConfig, prior_name: str, sizes: TokenSizes, where: str) -> None:
     """Raise SpecError unless a prior is for the tokens of a tokenizer."""
-    if prior.tokenizer_sha256 not in ("", sha256):
+    if prior.tokenizer_sha256 not in ("", sizes.sha256):
         raise SpecError(
             f"the prior {prior_name} is for tokens of tokenizer {prior.tokenizer_sha256[:8]}; those of {where} are of "
-            f"{sha256[:8]}. Name the prior that belongs to it with --prior."
+            f"{sizes.sha256[:8]}. Name the prior that belongs to it with --prior."
         )
-    if (prior.bits_per_token, prior.grid) != (config.bits_per_token, config.grid):
+    if (prior.bits_per_token, prior.grid) != (sizes.bits, sizes.grid):
         raise SpecError(
             f"the prior {prior_name} is for {prior.bits_per_token} bits on a grid of {prior.grid}; tokens of {where} "
-            f"have {config.bits_per_token} bits on {config.grid}."
+            f"have {sizes.bits} bits on {sizes.grid}."
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from jobs.coded_inputs import FRAMES_AT_ONCE, PackedClip, pack_clip
-from jobs.compress import require_fitting, require_free, safe_name, tokens_checksum
+from jobs.compress import TokenSizes, require_fitting, require_free, safe_name, tokens_checksum
 from jobs.share_bar import ShareBar
 from pipeline.encode import choose_device
 from pipeline.storage import open_storage
@@ -82,8 +82,8 @@ def decompress(
             coder = PriorCoder(loaded, lanes=group[0][0].file.lanes)
             decoded = decode_files(coder, [each.file for each, _ in group])
             for (each, item_names), clips in zip(group, decoded, strict=True):
-                _require_same_tokens(each, clips)
-                for item, name, several in zip(each.file.items, item_names, _of_items(each.file, clips), strict=True):
+                checked = require_same_tokens(each, clips)
+                for item, name, several in zip(each.file.items, item_names, _of_items(each.file, checked), strict=True):
                     content = (
                         _token_bytes(each, item, several)
                         if model is None
@@ -108,8 +108,10 @@ def read_bsq(path: Path) -> NamedBsq:
     return NamedBsq(path, parse_bsq(content, shown))
 
 
-def decode_files(coder: PriorCoder, files: Sequence[BsqFile]) -> list[list[PackedClip]]:
-    """The clips of files with as many lanes as `coder`; streams whose lanes leave room for each other go together."""
+def decode_files(coder: PriorCoder, files: Sequence[BsqFile]) -> list[list[PackedClip] | None]:
+    """The clips of files with as many lanes as `coder`; None for a file with a stream that no encoder writes.
+
+    Streams whose lanes leave room for each other are decoded together."""
     blocks: list[list[_PlacedStream]] = []
     for number, file in enumerate(files):
         frames = [clip for item in file.items for clip in file.clips(item)]
@@ -122,15 +124,23 @@ def decode_files(coder: PriorCoder, files: Sequence[BsqFile]) -> list[list[Packe
                     break
             else:
                 blocks.append([placed])
-    decoded: dict[tuple[int, int], list[PackedClip]] = {}
+    decoded: dict[tuple[int, int], list[PackedClip] | None] = {}
     arguments = [([each.run for each in block], [each.stream for each in block]) for block in blocks]
     for block, clips in zip(blocks, coder.decode(arguments), strict=True):
         for placed, several in zip(block, clips, strict=True):
-            decoded[placed.file, placed.number] = [pack_clip(bits) for bits in several]
+            decoded[placed.file, placed.number] = None if several is None else [pack_clip(bits) for bits in several]
     return [
-        [clip for order in range(len(file.streams)) for clip in decoded[number, order]]
-        for number, file in enumerate(files)
+        _joined([decoded[number, order] for order in range(len(file.streams))]) for number, file in enumerate(files)
     ]
+
+
+def _joined(streams: Sequence[list[PackedClip] | None]) -> list[PackedClip] | None:
+    clips: list[PackedClip] = []
+    for each in streams:
+        if each is None:
+            return None
+        clips += each
+    return clips
 
 
 class _PlacedStream(NamedTuple):
@@ -170,9 +180,9 @@ def _require_models(named: NamedBsq, prior_files: CheckpointFiles, model_files: 
                 f"Name the one it was made with: --{what} DIR"
             )
     prior, model = prior_config(prior_files), model_files.config()
-    require_fitting(prior, prior_files.where, model, model_files.weight_sha256(), shown)
-    fits = (file.bits, file.grid, file.patch) == (model.bits_per_token, model.grid, model.patch_size)
-    if not fits or file.clip_frames > min(prior.max_frames, model.max_frames):
+    sizes = TokenSizes.of_model(model, model_files.weight_sha256())
+    require_fitting(prior, prior_files.where, sizes, shown)
+    if (file.bits, file.grid, file.patch) != sizes[:3] or file.clip_frames > min(prior.max_frames, model.max_frames):
         raise StreamError(f"{shown}: its tokens are not of the sizes of its models. The file is damaged or hostile.")
 
 
@@ -188,13 +198,15 @@ def _device_of(named: Sequence[NamedBsq]) -> torch.device:
     return choose_device(ARITHMETICS[arithmetic].split()[0])
 
 
-def _require_same_tokens(named: NamedBsq, clips: Sequence[PackedClip]) -> None:
-    if tokens_checksum(clips) != named.file.tokens_crc32:
+def require_same_tokens(named: NamedBsq, clips: list[PackedClip] | None) -> list[PackedClip]:
+    """The clips of a file, if they are those that were coded.  Raises StreamError."""
+    if clips is None or tokens_checksum(clips) != named.file.tokens_crc32:
         raise StreamError(
             f"{printable(str(named.path))}: its tokens come out differently here. It was coded on "
             f"{ARITHMETICS[named.file.arithmetic]} of another machine or torch, whose probabilities differ in the last "
             "digit; decompress it there."
         )
+    return clips
 
 
 def _of_items(file: BsqFile, clips: Sequence[PackedClip]) -> Iterator[Sequence[PackedClip]]:

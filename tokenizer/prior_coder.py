@@ -87,8 +87,8 @@ class PriorCoder:
         """The streams of each block, given the bits of the clips of each of its streams."""
         return self._each(lambda pair: self._encode_block(*pair), blocks)
 
-    def decode(self, blocks: Iterable[tuple[Block, Sequence[bytes]]]) -> Iterator[list[list[Bits]]]:
-        """The bits of the clips of each stream of each block."""
+    def decode(self, blocks: Iterable[tuple[Block, Sequence[bytes]]]) -> Iterator[list[list[Bits] | None]]:
+        """The bits of the clips of each stream of each block; None for a stream that cannot be what was coded."""
         return self._each(lambda pair: self._decode_block(*pair), blocks)
 
     def _encode_block(self, block: Block, clips: Sequence[Sequence[Bits]]) -> list[bytes]:
@@ -113,7 +113,7 @@ class PriorCoder:
         # A decoder reads zeros behind the end.
         return [each.astype(f"<u{_WORD_BYTES}").tobytes().rstrip(b"\0") for each in words]
 
-    def _decode_block(self, block: Block, streams: Sequence[bytes]) -> list[list[Bits]]:
+    def _decode_block(self, block: Block, streams: Sequence[bytes]) -> list[list[Bits] | None]:
         self._require_lanes(block)
         config, stream = self.prior.config, self._constriction.stream
         num_tokens = max(max(each.frames) for each in block) * config.tokens_per_frame
@@ -123,21 +123,29 @@ class PriorCoder:
             stream.queue.RangeDecoder(np.frombuffer(each, f"<u{_WORD_BYTES}").astype(np.uint32)) for each in padded
         ]
         family = stream.model.Categorical(perfect=False)
+        impossible: set[int] = set()
 
         def code(number: int, lanes: npt.NDArray[np.int64], token: int, group: int, weights: Weights) -> Symbols:
-            symbols: Symbols = decoders[number].decode(family, weights).astype(np.int64)
+            symbols: Symbols = np.zeros(len(lanes), np.int64)
+            if number not in impossible:
+                try:
+                    symbols = decoders[number].decode(family, weights).astype(np.int64)
+                # So constriction says that no encoder writes this; other streams of the block may be sound.
+                except AssertionError:
+                    impossible.add(number)
             symbols_BMG[lanes, token, group] = symbols
             return symbols
 
         self._walk(block, code)
+        return [None if number in impossible else self._clips(each, symbols_BMG) for number, each in enumerate(block)]
+
+    def _clips(self, run: StreamClips, symbols_BMG: Symbols) -> list[Bits]:
+        config = self.prior.config
         return [
-            [
-                groups_to_bits(symbols_BMG[lane, : frames * config.tokens_per_frame], config.group_size).reshape(
-                    frames, *config.grid, config.bits_per_token
-                )
-                for lane, frames in enumerate(each.frames, each.first_lane)
-            ]
-            for each in block
+            groups_to_bits(symbols_BMG[lane, : frames * config.tokens_per_frame], config.group_size).reshape(
+                frames, *config.grid, config.bits_per_token
+            )
+            for lane, frames in enumerate(run.frames, run.first_lane)
         ]
 
     def _walk(self, block: Block, code: Callable[[int, npt.NDArray[np.int64], int, int, Weights], Symbols]) -> None:

@@ -160,6 +160,9 @@ class TrainLoop(ABC, Generic[AnyBatch]):
         if states:
             self._restore(load_state(states[-1]), states[-1])
             self.tell(f"Going on after step {self.step:,}.")
+        else:
+            # The same on all processes: a state holds the generators of the first.
+            torch.manual_seed(self._config.run.seed)
         if self._is_first:
             self.out.mkdir(parents=True, exist_ok=True)
             text = json.dumps(self._config.to_json_dict(), indent=2) + "\n"

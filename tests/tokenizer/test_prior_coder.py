@@ -158,10 +158,10 @@ def test_another_number_of_lanes_changes_bytes_at_most_and_never_tokens(lanes):
 
 @settings(max_examples=20)
 @given(st.binary(max_size=40))
-def test_a_garbled_stream_gives_tokens_and_ends(stream):
+def test_a_garbled_stream_gives_tokens_or_none_and_ends(stream):
     prior = tiny_prior()
     ((decoded,),) = PriorCoder(prior, lanes=2).decode([([StreamClips(0, (1, 2))], [stream])])
-    assert [clip.shape for clip in decoded] == [(1, 2, 3, 18), (2, 2, 3, 18)]
+    assert decoded is None or [clip.shape for clip in decoded] == [(1, 2, 3, 18), (2, 2, 3, 18)]
 
 
 def test_lanes_that_cannot_be_are_refused():
