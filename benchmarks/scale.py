@@ -32,7 +32,8 @@ import jobs.start
 from jobs.runner import Death
 from pipeline.dataset_files import ledger_folder, read_ledger, read_manifest
 from pipeline.messages import Activity, Assignment, Heartbeat, Message, ShardCommitted, ShardFailed
-from pipeline.storage import Storage, open_storage
+from pipeline.storage import open_storage
+from pipeline.storage.local_folder import LocalFolder
 from schemas.errors import Interrupted, MediaTruncated
 from schemas.failures import Failure, serialise_failures
 from schemas.jobspec import parse_spec
@@ -198,16 +199,16 @@ def begin(out: str, num_shards: int, stop_after: int | None = None) -> None:
 
 def phase_begin(out: str, num_shards: int) -> dict[str, Any]:
     most_segments = 0
-    publish = Storage.create_only
+    publish = LocalFolder.create_only
 
-    def counting(storage: Storage, name: str, data: bytes, **settings: Any) -> bool:
+    def counting(storage: LocalFolder, name: str, data: bytes, **settings: Any) -> bool:
         nonlocal most_segments
         won = publish(storage, name, data, **settings)
         if name.startswith("ledger/"):
             most_segments = max(most_segments, len(os.listdir(f"{out}/{ledger_folder(0)}")))  # noqa: PTH208
         return won
 
-    Storage.create_only = counting  # type: ignore[method-assign]
+    LocalFolder.create_only = counting  # type: ignore[method-assign]
     began, cpu = time.perf_counter(), time.process_time()
     num_run = num_shards - num_shards // 100
     begin(out, num_shards, stop_after=num_run)

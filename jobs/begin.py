@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pipeline.credentials import printable_url
-from pipeline.dataset_files import JOB_NAME, plan_name, read_job, serialise_plan
+from pipeline.dataset_files import JOB_NAME, list_generations, plan_name, read_job, serialise_plan
 from pipeline.generations import list_begun, read_plans
 from pipeline.sources import expand_shards
 from pipeline.storage import Storage
@@ -133,15 +133,17 @@ def recognise(storage: Storage, beginning: Beginning) -> Job | None:
     if existing.fingerprint != job.fingerprint:
         raise _other_settings(storage, job.fingerprint_fields, existing.fingerprint_fields)
     # Not by the plan's hash: another version of Arrow writes other bytes for the same URLs.
-    planned = read_plans(storage, list_begun(storage)).urls()
+    begun = list_begun(storage)
+    planned = read_plans(storage, begun).urls()
     asked = [printable_url(url) for url in beginning.urls]
     # The command that began the dataset stays good after shards were added to it.
     if asked != planned and asked != read_plans(storage, [0]).urls():
         num_others, num_missing = len(set(asked) - set(planned)), len(set(planned) - set(asked))
+        is_finished = begun[-1] in list_generations(storage)
+        remedy = "--append adds" if is_finished else "Use `bsq resume` to finish it as it is; then --append adds"
         raise Refused(
-            f"{storage.url}: was begun with other shards ({num_others} of those asked for are not in it, {num_missing} "
-            f"of it are not asked for). Use `bsq resume` to finish it as it is; then --append adds those that are not "
-            f"in it."
+            f"{storage.url}: was begun with other shards ({num_others:,} of those asked for are not in it, "
+            f"{num_missing:,} of it are not asked for). {remedy} those that are not in it."
         )
     return existing
 

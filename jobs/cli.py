@@ -57,6 +57,8 @@ def run(arguments: Sequence[str]) -> int:
         code = app(list(arguments), prog_name="bsq", standalone_mode=False)
         sys.stdout.flush()
     except _CommandLineError as error:
+        # Values are checked by pydantic, which speaks to programmers.
+        error.message = error.message.removeprefix("Value error, ").replace("Input should be", "it must be")
         error.show()
         return int(error.exit_code)
     except BsqError as error:

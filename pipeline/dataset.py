@@ -176,10 +176,13 @@ class TokenDataset:
     def unpack(self, packed_BO: torch.Tensor, view: View = "index") -> torch.Tensor:
         """Tokens of a batch of packed rows, on the device that it is on: what `view` would have given.
 
-        All rows as they are padded, with as many frames as the longest row of the dataset."""
+        All rows as they are padded: with as many frames as the longest row of the dataset, or of the mixture."""
         info = self.info
         shown = parse_view(view, info.bits, info.group_size, info.grid)
-        return shown.decode(packed_BO, info.max_frames)
+        frames = info.max_frames
+        if packed_BO.shape[1] != shown.row_bytes(frames):
+            frames = 8 * packed_BO.shape[1] // (info.grid[0] * info.grid[1] * info.bits)
+        return shown.decode(packed_BO, frames)
 
     def find(self, key: str) -> list[int]:
         """The samples with that key, ascending: every clip (and, with views="all", every view) of every shard.

@@ -18,10 +18,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.background import run_ahead
 from pipeline.dataset import TokenDataset
-from pipeline.loader_state import STATE_VERSION, Position, check_size, read_position
+from pipeline.loader_state import STATE_VERSION, Position, read_position, shorten
 from pipeline.mixture import Mixture
 from pipeline.order import ORDER_VERSION, drop_hashes
-from pipeline.packing import Pack, read_cursors
+from pipeline.packing import Pack, max_cursor_bytes, read_cursors
 from pipeline.ranks import find_rank
 from pipeline.row_blocks import Buffers, Outputs, RowBlock, column_values
 from pipeline.sample_stream import DatasetStream, MixtureStream, SampleStream, StreamOptions
@@ -413,7 +413,7 @@ class TokenLoader(IterableDataset[Batch]):
             settings["pack"] = self._pack.to_json_dict()
         if self._label_drop:
             settings["label_drop"] = self._label_drop
-        return dict(check_size(settings))
+        return dict(shorten(settings, max_cursor_bytes(self._pack.lanes) if self._pack is not None else 0))
 
     def _state_after(self, position: Position) -> dict[str, Any]:
         return {"version": STATE_VERSION, **self._settings, **position.to_json_dict()}

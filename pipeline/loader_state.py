@@ -11,6 +11,8 @@ from schemas.errors import SpecError
 
 STATE_VERSION = 1
 MAX_STATE_BYTES = 1000
+_POSITION_BYTES = 60
+"""For version, epoch and step."""
 _SHOWN = 5
 """Differences that a refusal names."""
 
@@ -53,14 +55,15 @@ def read_position(state: Mapping[str, Any], settings: Mapping[str, Any]) -> Posi
     return Position(epoch, step, lanes)
 
 
-def check_size(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`settings`, with long ones replaced by their hash so that a state stays under 1 kB."""
+def shorten(settings: Mapping[str, Any], packing_bytes: int = 0) -> Mapping[str, Any]:
+    """`settings`, the longest replaced by their hash so that a state stays under 1 kB, `packing_bytes` of it taken."""
     from hashlib import sha256
 
+    room = MAX_STATE_BYTES - _POSITION_BYTES - packing_bytes
     sizes = {name: len(json.dumps(value)) for name, value in settings.items()}
     short = dict(settings)
     for name in sorted(sizes, key=lambda name: -sizes[name]):
-        if sum(len(json.dumps(value)) + len(each) + 6 for each, value in short.items()) < MAX_STATE_BYTES // 2:
+        if sum(len(json.dumps(value)) + len(each) + 6 for each, value in short.items()) < room:
             break
         short[name] = sha256(json.dumps(settings[name], sort_keys=True).encode()).hexdigest()[:16]
     return short

@@ -20,7 +20,8 @@ from pipeline.sequence import Ids, TokenSequence
 from schemas.errors import SpecError
 
 MAX_LANES = 64
-MAX_LOOK_AHEAD = 16
+MAX_LOOK_AHEAD = 14
+"""Two bytes of the state for each lane."""
 
 
 class Cursor(NamedTuple):
@@ -81,7 +82,7 @@ class Pack:
     ranks that divide it need no sequences but those of their own lanes."""
     split: bool = False
     """Cut sequences longer than `seq_len` into pieces of that length and a rest.  Otherwise they are refused."""
-    look_ahead: int = 16
+    look_ahead: int = MAX_LOOK_AHEAD
     """How many sequences after the oldest may be packed before it is their turn: more of them leave fewer gaps."""
     pad: int = 0
     """Id that fills the end of a pack."""
@@ -202,7 +203,7 @@ def collate(packs: Sequence[Packed]) -> dict[str, npt.NDArray[Any]]:
 
 
 def write_cursors(cursors: Sequence[Cursor]) -> dict[str, Any]:
-    """The cursors of all lanes for JSON: under 800 bytes for 64 lanes, as they drift apart by thousands of sequences.
+    """The cursors of all lanes for JSON, under `max_cursor_bytes`.
 
     Base64 of the number of lanes' differences from the hindmost, masks and offsets as variable-length integers (seven
     bits a byte, lowest first)."""
@@ -215,6 +216,11 @@ def write_cursors(cursors: Sequence[Cursor]) -> dict[str, Any]:
                 number >>= 7
             octets.append(number)
     return {"oldest": base, "lanes": base64.b64encode(octets).decode("ascii")}
+
+
+def max_cursor_bytes(lanes: int) -> int:
+    """What the cursors of so many lanes take in JSON while these are less than 2^21 sequences apart."""
+    return 4 * -(-7 * lanes // 3) + 70
 
 
 def read_cursors(state: dict[str, Any]) -> list[Cursor]:

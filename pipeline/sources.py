@@ -23,6 +23,8 @@ MAX_LIST_BYTES = 1 << 30
 """Of one @list file."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
+_NO_ALTERNATIVES = re.compile(r"(?<!\\)\{[^{},]*\.\.[^{},]*\}")
+"""Braces meant as a range; what is none stays as it is when braces are expanded."""
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?|([A-Za-z])\.\.([A-Za-z])(?:\.\.(-?\d+))?")
 
 
@@ -91,6 +93,9 @@ def _expand(pattern: str, options: dict[str, Any]) -> Iterator[str]:
             expanded = braceexpand(pattern)
         except ValueError as error:
             raise SpecError(f"{_shown(pattern)}: the braces do not match. Write ranges as {{000..127}}.") from error
+        no_range = next((part for part in _NO_ALTERNATIVES.findall(pattern) if not _RANGE.fullmatch(part[1:-1])), None)
+        if no_range is not None:
+            raise SpecError(f"{_shown(pattern)}: {no_range} is no range. Write ranges as {{000..127}}.")
     for url in expanded:
         yield from _look_up(_normalise(url), options)
 
@@ -158,7 +163,8 @@ def _check_protocol(scheme: str, url: str) -> None:
     try:
         fsspec.get_filesystem_class(scheme)
     except (ValueError, ImportError) as error:
-        raise SpecError(f"{_shown(url)}: {str(error).splitlines()[0].rstrip('.')}.") from error
+        remedy = " Give a path, or a URL such as s3://, gs:// or https://." if isinstance(error, ValueError) else ""
+        raise SpecError(f"{_shown(url)}: {str(error).splitlines()[0].rstrip('.')}.{remedy}") from error
 
 
 def _check_characters(text: str) -> None:

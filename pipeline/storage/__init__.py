@@ -30,7 +30,9 @@ def open_storage(
     try:
         filesystem, root = url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
-        raise SpecError(f"{printable_url(url)}: {printable_error(error, options)}") from error
+        reason = printable_error(error, options).rstrip(".")
+        remedy = " Give a path, or a URL such as s3:// or gs://." if "not known" in reason else ""
+        raise SpecError(f"{printable_url(url)}: {reason}.{remedy}") from error
     if isinstance(filesystem, LocalFileSystem):
         return LocalFolder(url, root)
     return ObjectStore(url, filesystem, root, options, attempts=attempts, first_wait=first_wait)

@@ -564,6 +564,7 @@ def test_other_shards_are_refused_and_the_same_ones_go_on(tmp_path: Path, tokeni
     before = dataset_files(tmp_path / "out")
     said = tokenize(one, two, "--out", tmp_path / "out")
     assert said.exit_code == 4 and "other shards" in said.complaint
+    assert said.complaint.rstrip().endswith("--append adds those that are not in it."), "it is finished"
     assert tokenize(one, "--out", tmp_path / "out").exit_code == 0
     assert dataset_files(tmp_path / "out") == before
 

@@ -37,8 +37,8 @@ def finished(folder: Path, interrupted: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_long_ledger_has_few_segments(folder: Path, interrupted: dict[str, Any]) -> None:
-    # A segment for each 256 records, and a few for what came in between.
-    assert interrupted["most_segments"] <= NUM_SHARDS // 256 + 8
+    # A segment for some 256 records, and a few for what came in between; none of them is merged yet.
+    assert NUM_SHARDS // 512 <= interrupted["most_segments"] <= NUM_SHARDS // 256 + 8
 
 
 def test_memory_hardly_grows_with_the_number_of_shards(folder: Path, interrupted: dict[str, Any]) -> None:

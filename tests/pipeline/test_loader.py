@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import Pack, SequenceFormat, TokenDataset, TokenLoader
+from pipeline import Mixture, Pack, SequenceFormat, TokenDataset, TokenLoader
 from pipeline.sample_stream import DatasetStream
 from schemas.errors import BsqError, SpecError
 from tests.token_datasets import TokenDatasetWriter
@@ -240,6 +240,18 @@ def test_other_views_hold_the_same_batches(clips, view):
         else:
             weights = 1 << torch.arange(17, -1, -1)
             assert torch.equal((shown["bits"] * weights).sum(-1), batch["index"])
+
+
+def test_packed_rows_of_a_mixture_unpack_with_any_of_its_datasets(images, clips):
+    """Though their longest rows differ."""
+
+    def first_batch(**options):
+        sources = {"images": (TokenDataset(images.url, **options), 1), "clips": (TokenDataset(clips.url, **options), 1)}
+        return next(iter(TokenLoader(Mixture(sources), 16, window=64)))
+
+    packed, index = first_batch(view="packed")["packed"], first_batch()["index"]
+    for url in (images.url, clips.url):
+        assert torch.equal(TokenDataset(url).unpack(packed), index)
 
 
 def test_sequences_do_not_depend_on_how_tokens_are_shown(clips):

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import Mixture, Pack, SequenceFormat, TokenDataset, TokenLoader
+from pipeline.packing import MAX_LOOK_AHEAD, Cursor, write_cursors
 from schemas.errors import SpecError
 from tests.token_datasets import TokenDatasetWriter
 
@@ -314,6 +315,18 @@ class TestRefused:
         state = packed.state_dict()
         self.refused(state | {"packing": {"oldest": 0, "lanes": "AAA!"}}, packed, "the packing state is damaged")
         self.refused(state | {"packing": {"oldest": 0, "lanes": "AAAA"}}, packed, "it has 1 lanes")
+
+    @pytest.mark.parametrize("lanes", [1, 16, 64])
+    @pytest.mark.parametrize("num_sources", [1, 2, 20])
+    def test_a_state_stays_small_when_lanes_have_drifted_far_apart(self, photos, lanes, num_sources):
+        sources = {f"source number {number}": (TokenDataset(photos), 1 + number) for number in range(num_sources)}
+        pack = Pack(seq_len=1 << 16, lanes=lanes, split=True)
+        loader = TokenLoader(Mixture(sources), 8192, seed=1 << 40, format=FORMAT, pack=pack)
+        furthest = Cursor(10**12 + (1 << 21) - 1, (1 << MAX_LOOK_AHEAD) - 1, (1 << 14) - 1)
+        packing = write_cursors([Cursor(10**12), *[furthest] * (lanes - 1)]) | {"turn": lanes - 1}
+        state = loader.state_dict() | {"epoch": 12_345, "step": 10**9, "packing": packing}
+        loader.load_state_dict(json.loads(json.dumps(state)))
+        assert loader.state_dict() == state and len(json.dumps(state)) < 1000
 
     def test_a_state_with_many_sources_stays_small(self, photos):
         sources = {f"source number {number}": (TokenDataset(photos), 1 + number) for number in range(20)}
