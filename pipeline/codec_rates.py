@@ -76,9 +76,19 @@ def clip_codecs() -> list[Codec]:
     """The codecs for clips that this PyAV has."""
     if "libx264" not in av.codecs_available:
         return []
-    factors = [51 - number / 4 for number in range(4 * 51 + 1)]
     name = "H.264, x264 veryslow, one group of pictures, 4:2:0"
-    return [Codec("x264", name, factors, _encode_h264, _decode_h264, h264_payload_bytes)]
+    return [Codec("x264", name, _RATE_FACTORS, _encode_h264, _decode_h264, h264_payload_bytes)]
+
+
+def h265_codecs() -> list[Codec]:
+    """H.265, where this PyAV has it; it takes several times as long as H.264."""
+    if "libx265" not in av.codecs_available:
+        return []
+    name = "H.265, x265 slow, one group of pictures, 4:2:0"
+    return [Codec("x265", name, _RATE_FACTORS, _encode_h265, _decode_h265, h265_payload_bytes)]
+
+
+_RATE_FACTORS = [51 - number / 4 for number in range(4 * 51 + 1)]
 
 
 def code_nearest(
@@ -227,14 +237,24 @@ def avif_payload_bytes(data: bytes) -> int:
 
 
 def _encode_h264(frames_THWC: Frames, rate_factor: float) -> bytes:
+    return _encode_clip("libx264", frames_THWC, {"crf": str(rate_factor), "preset": "veryslow"})
+
+
+def _encode_h265(frames_THWC: Frames, rate_factor: float) -> bytes:
+    params = f"keyint={len(frames_THWC)}:min-keyint={len(frames_THWC)}:scenecut=0:pools=none:frame-threads=1"
+    options = {"crf": str(rate_factor), "preset": "slow", "x265-params": f"{params}:log-level=none:info=0"}
+    return _encode_clip("libx265", frames_THWC, options)
+
+
+def _encode_clip(encoder: str, frames_THWC: Frames, options: dict[str, str]) -> bytes:
     num_frames, height, width = frames_THWC.shape[:3]
     even_THWC = np.pad(frames_THWC, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    context = av.CodecContext.create("libx264", "w")
+    context = av.CodecContext.create(encoder, "w")
     assert isinstance(context, av.VideoCodecContext)
     context.height, context.width = even_THWC.shape[1:3]
     context.pix_fmt, context.framerate, context.time_base = "yuv420p", Fraction(25), Fraction(1, 25)
     context.gop_size, context.thread_count = num_frames, 1
-    context.options = {"crf": str(rate_factor), "preset": "veryslow"}
+    context.options = options
     packets = []
     for number, frame_HWC in enumerate(even_THWC):
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24").reformat(format="yuv420p")
@@ -245,7 +265,15 @@ def _encode_h264(frames_THWC: Frames, rate_factor: float) -> bytes:
 
 
 def _decode_h264(data: bytes) -> Frames:
-    context = av.CodecContext.create("h264", "r")
+    return _decode_clip("h264", data)
+
+
+def _decode_h265(data: bytes) -> Frames:
+    return _decode_clip("hevc", data)
+
+
+def _decode_clip(decoder: str, data: bytes) -> Frames:
+    context = av.CodecContext.create(decoder, "r")
     assert isinstance(context, av.VideoCodecContext)
     context.thread_count = 1
     frames = [frame for packet in [*context.parse(data), *context.parse()] for frame in context.decode(packet)]
@@ -259,5 +287,14 @@ def h264_payload_bytes(data: bytes) -> int:
     for unit in data.split(b"\x00\x00\x01")[1:]:
         if 1 <= unit[0] & 31 <= 5:
             # A start code of four bytes, and the padding that may follow a unit, leave zeros at the end.
+            payload += len(unit.rstrip(b"\x00"))
+    return payload
+
+
+def h265_payload_bytes(data: bytes) -> int:
+    """Bytes of the slices of an H.265 stream (Annex B), without start codes, parameter sets and messages."""
+    payload = 0
+    for unit in data.split(b"\x00\x00\x01")[1:]:
+        if unit[0] >> 1 & 63 < 32:
             payload += len(unit.rstrip(b"\x00"))
     return payload
