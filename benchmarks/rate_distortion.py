@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 
 from jobs.coded_inputs import TokenizedItem, pack_clip
-from jobs.compress import encode_files
+from jobs.compress import encode_files, tokens_checksum
 from jobs.decompress import decode_files, item_frames
 from pipeline.codec_rates import Codec, clip_codecs, code_nearest, h265_codecs, picture_codecs
 from pipeline.sources import expand_shards
@@ -77,7 +77,7 @@ def main() -> None:
             items = list(read_items(shards, kind, tokenizer, given.limit))
             found += model_points(items, tokenizer, prior, given.lanes)
         codecs = picture_codecs() if kind == "photos" else [*clip_codecs(), *h265_codecs()]
-        rates = sorted({*RATES[kind], *(round(point.payload_bpp, 4) for point in found)})
+        rates = apart([*(point.payload_bpp for point in found), *RATES[kind]])
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             asked = [(codec, rate) for codec in codecs for rate in rates]
             found += pool.map(partial(codec_point, items[: given.codec_limit]), *zip(*asked, strict=True))
@@ -89,6 +89,15 @@ def main() -> None:
     values = {kind: [asdict(point) for point in found] for kind, found in points.items()}
     Path(f"{given.out}.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     print("\n".join(text))
+
+
+def apart(rates: Sequence[float]) -> list[float]:
+    """Rates in order, without those that are within 4 % of one before them in the list."""
+    kept: list[float] = []
+    for rate in rates:
+        if all(abs(math.log(rate / other)) > 0.04 for other in kept):
+            kept.append(rate)
+    return sorted(kept)
 
 
 def read_items(shards: Sequence[str], kind: str, tokenizer: str, limit: int) -> Iterator[Frames]:
@@ -112,11 +121,14 @@ def model_points(items: Sequence[Frames], tokenizer: str, prior_name: str, lanes
     model_files, prior_files = read_checkpoint(tokenizer), read_prior(prior_name)
     model, config = build_model(model_files), model_files.config()
     coder = PriorCoder(build_prior(prior_files), lanes=lanes)
-    size = config.image_size
+    size, clip_frames = config.image_size, min(config.max_frames, coder.prior.config.max_frames)
     tokenized = [
         TokenizedItem(
             CodedItem(size, size, len(frames), name=f"{number:06d}"),
-            [pack_clip(model.encode(torch.from_numpy(frames[np.newaxis]))[0].numpy())],
+            [
+                pack_clip(model.encode(torch.from_numpy(frames[np.newaxis, first : first + clip_frames]))[0].numpy())
+                for first in range(0, len(frames), clip_frames)
+            ],
         )
         for number, frames in enumerate(items)
     ]
@@ -128,19 +140,19 @@ def model_points(items: Sequence[Frames], tokenizer: str, prior_name: str, lanes
         bits=config.bits_per_token,
         grid=config.grid,
         patch=config.patch_size,
-        clip_frames=max(map(len, items)),
+        clip_frames=clip_frames,
         lanes=lanes,
     )
     singles = encode_files(coder, base, [[each] for each in tokenized], is_pack=False)
     (pack,) = encode_files(coder, base, [tokenized], is_pack=True)
     for each, clips in zip(tokenized, decode_files(coder, singles), strict=True):
-        assert clips is not None and clips[0].packed.tobytes() == each.clips[0].packed.tobytes(), each.item.name
+        assert clips is not None and tokens_checksum(clips) == tokens_checksum(each.clips), each.item.name
     (unpacked,) = decode_files(coder, [pack])
-    assert unpacked is not None and len(unpacked) == len(tokenized)
+    assert unpacked is not None and tokens_checksum(unpacked) == pack.tokens_crc32
     made = [item_frames(model, base, each.item, each.clips) for each in tokenized]
     quality = mean_quality(items, made)
     pixels = sum(math.prod(frames.shape[:3]) for frames in items)
-    raw = 8 * sum(len(each.clips[0].packed) for each in tokenized) / pixels
+    raw = 8 * sum(len(clip.packed) for each in tokenized for clip in each.clips) / pixels
     coded = 8 * sum(file.payload_bytes for file in singles) / pixels
     files = 8 * sum(len(file.to_bytes()) for file in singles) / pixels
     packed, pack_file = 8 * pack.payload_bytes / pixels, 8 * len(pack.to_bytes()) / pixels
