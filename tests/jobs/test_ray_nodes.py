@@ -11,14 +11,9 @@ import pytest
 
 from pipeline.dataset_files import read_ledger
 from pipeline.storage import open_storage
+from tests.jobs.ray_cluster import ray_nodes
 from tests.running_jobs import STUB, RunningJob, StartJob, wait_until
 from tests.tiny_corpus import BSQ, REPOSITORY, bsq_environment, dataset_files
-
-QUICK_CHECKS = {
-    "health_check_initial_delay_ms": 500,
-    "health_check_period_ms": 500,
-    "health_check_failure_threshold": 4,
-}
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +40,8 @@ def markers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def cluster(markers: Path) -> Iterator[Any]:
     """A head that has no CPU for workers."""
-    from ray.cluster_utils import Cluster
-
-    head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": QUICK_CHECKS})
-    try:
+    with ray_nodes() as cluster:
         yield cluster
-    finally:
-        cluster.shutdown()
 
 
 @pytest.mark.long
