@@ -254,6 +254,20 @@ def test_packed_rows_of_a_mixture_unpack_with_any_of_its_datasets(images, clips)
         assert torch.equal(TokenDataset(url).unpack(packed), index)
 
 
+def test_pinned_batches_hold_the_same_and_unpack_on_the_device(clips):
+    """Page-locked where there is a GPU; anywhere else the option changes nothing."""
+    has_gpu = torch.cuda.is_available()
+    pinned = TokenLoader(TokenDataset(clips.url, view="packed"), 16, window=64, pin_memory=True)
+    plain = TokenLoader(TokenDataset(clips.url), 16, window=64)
+    for batch, other in zip(pinned, plain, strict=True):
+        assert all(values.is_pinned() == has_gpu for values in batch.values() if isinstance(values, torch.Tensor))
+        assert torch.equal(batch["sample"], other["sample"])
+        packed = batch["packed"].to("cuda" if has_gpu else "cpu", non_blocking=True)
+        assert torch.equal(pinned.datasets[0].unpack(packed).cpu(), other["index"])
+    workers = torch.utils.data.DataLoader(pinned, batch_size=None, num_workers=1, multiprocessing_context="fork")
+    assert [batch["sample"].tolist() for batch in workers] == samples(plain)
+
+
 def test_sequences_do_not_depend_on_how_tokens_are_shown(clips):
     form = SequenceFormat(bos=0, eof=1, id_offset=10)
     for options in ({}, {"pack": Pack(seq_len=40, lanes=4)}):
