@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.steps import STEPS
 from tests.faults.kill_matrix import SLOW, KillMatrix
-from tests.jobs.ray_cluster import ray_nodes
+from tests.jobs.ray_cluster import ray_nodes, raylet
 from tests.running_jobs import RunningJob, StartJob, command_line, descendants, signal_quietly
 from tests.tiny_corpus import REPOSITORY
 
@@ -74,12 +74,6 @@ class RayKillMatrix(KillMatrix):
         job.let_go()
         self.add_node()
         return True
-
-
-def raylet(node: Any) -> int:
-    """The process that all others of a node descend from."""
-    (process,) = node.all_processes["raylet"]
-    return int(process.process.pid)
 
 
 @pytest.fixture

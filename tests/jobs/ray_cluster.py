@@ -115,6 +115,12 @@ def ray_nodes() -> Iterator[Any]:
         cluster.shutdown()
 
 
+def raylet(node: Any) -> int:
+    """The process of such a node that all its others descend from."""
+    (process,) = node.all_processes["raylet"]
+    return int(process.process.pid)
+
+
 def bare_environment(folder: Path) -> Path:
     """A small virtual environment that sees the packages of this one, but not bsqtok; return its Python."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
