@@ -2,6 +2,7 @@
 
 import gc
 import threading
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -68,6 +69,33 @@ GOLDEN_OF_EPOCH_1 = [
     [113, 140, 141, 182, 184, 176, 146],
     [156, 132, 180, 181, 173, 159, 155],
 ]
+
+
+def test_the_order_of_a_mixture_and_of_packs_is_frozen(images, clips):
+    """Of images and of clips with captions: source, sample and view; where sequences end in packs of 60 ids."""
+    captioned = TokenDataset(clips.url, ["view"], filters=[("caption", "present")])
+    mixture = Mixture({"images": (TokenDataset(images.url, ["view"]), 0.7), "clips": (captioned, 0.3)}, stop="all")
+    batches = list(islice(TokenLoader(mixture, 25, seed=5, window=48, tail="carry"), 14))
+    for number, golden in GOLDEN_OF_A_MIXTURE.items():
+        rows = zip(*(batches[number][name].tolist() for name in ("source", "sample", "view")), strict=True)
+        assert list(rows)[:8] == golden
+    packing = {"format": SequenceFormat(bos=1, id_offset=10), "pack": Pack(seq_len=60, lanes=3)}
+    packs = list(islice(TokenLoader(mixture, 1, seed=5, window=48, **packing), 60))
+    for number, golden in GOLDEN_PACKS.items():
+        assert packs[number]["cu_seqlens"].tolist() == golden
+    assert packs[59]["state"]["packing"] == {"oldest": 118, "lanes": "BAAAAAQAAAAA", "turn": 0}
+
+
+GOLDEN_OF_A_MIXTURE = {
+    0: [(0, 198, 0), (1, 21, 1), (0, 176, 0), (0, 89, 0), (0, 97, 0), (1, 8, 1), (0, 87, 0), (0, 199, 0)],
+    13: [(1, 78, 0), (0, 195, 0), (0, 103, 0), (1, 83, 0), (0, 186, 0), (0, 152, 0), (1, 82, 0), (0, 111, 0)],
+}
+GOLDEN_PACKS = {
+    0: [0, 7, 14, 21, 28, 35, 60],
+    1: [0, 25, 32, 39, 46, 53, 60],
+    3: [0, 13, 32, 39, 46, 53, 60],
+    59: [0, 25, 32, 39, 46, 53, 60],
+}
 
 
 def test_the_order_depends_on_seed_epoch_and_window_only(images):
