@@ -231,26 +231,24 @@ def test_any_sizes_resume_exactly(tmp_path_factory, samples, batch, tail, stops,
     def make(**options):
         return TokenLoader(dataset, batch, seed=samples, tail=tail, window=window, repeat=True, prefetch=0, **options)
 
-    unbroken = [each["sample"].tolist() for each in islice(make(), sum(stops))]
+    unbroken = [content(each) for each in islice(make(), sum(stops))]
     state, found = make().state_dict(), []
     for stop, world_size in zip(stops, world_sizes, strict=False):
         ranks = [make(rank=rank, world_size=world_size) for rank in range(world_size)]
         for loader in ranks:
             loader.load_state_dict(state)
-        shares = [[each["sample"].tolist() for each in islice(loader, stop)] for loader in ranks]
-        for parts in zip(*shares, strict=True):
-            found += [[parts[place % world_size][place // world_size] for place in range(batch)]]
+        found += global_batches([[content(each) for each in islice(loader, stop)] for loader in ranks])
         state = ranks[-1].state_dict()
-    assert found == unbroken[: len(found)]
+    assert found == global_batches([unbroken])[: len(found)]
 
 
 @functools.cache
 def written(folder: Path, samples: int) -> str:
-    return (
-        TokenDatasetWriter(url=str(folder), clips_of_file=[samples // 2, samples - samples // 2], row_group_rows=7)
-        .write()
-        .url
+    sizes = [samples // 2, samples // 3, samples - samples // 2 - samples // 3]
+    writer = TokenDatasetWriter(
+        url=str(folder), clips_of_file=sizes, frames=lambda file, clip: 1 + (file + clip) % 3, row_group_rows=7
     )
+    return writer.write().url
 
 
 class TestRefused:
