@@ -1,10 +1,11 @@
-"""How fast do tokens come out of a dataset, and how long does one of a million files take to open?
+"""How fast do tokens come out of a dataset, in how much memory, and how long does one of a million files take to open?
 
 Rows of 18 bits x 1,024 tokens in batches of 256, one process on one core, page cache warm.  Beside every round runs a
 bare loop over a uint32 memmap, which decodes nothing and keeps no order: compare the ratios, for other load strikes
 both alike.  Rates are by processor time.  Other loaders: `benchmarks.loading_peers`.
 
     python -m benchmarks.loading
+    python -m benchmarks.loading --only memory
     python -m benchmarks.loading --only manifest --files 1000000"""
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from schemas.manifest import MANIFEST_SCHEMA, ManifestSummary, serialise_manifes
 
 BATCH = 256
 
-_OPEN = """
+_PEAK = """
 import json, sys, time
 import pipeline.dataset, pipeline.loader
 
@@ -42,7 +43,9 @@ def peak():
     # Not ru_maxrss: that of a child begins with what its parent had.
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+"""
 
+_OPEN = """
 imported = peak()
 begun, busy = time.perf_counter(), time.process_time()
 dataset = pipeline.dataset.TokenDataset(sys.argv[1])
@@ -53,6 +56,13 @@ planned, planned_busy = time.perf_counter() - begun - opened, time.process_time(
 print(json.dumps({"samples": len(dataset), "windows": plan.num_windows, "opened": opened, "opened_busy": opened_busy,
                   "planned": planned, "planned_busy": planned_busy, "imports_mb": imported, "opened_mb": peak_opened,
                   "peak_mb": peak()}))
+"""
+
+_READ = """
+loader = pipeline.loader.TokenLoader(pipeline.dataset.TokenDataset(sys.argv[1]), 256, window=int(sys.argv[2]))
+imported = peak()
+rows = sum(len(batch["index"]) for batch in loader)
+print(json.dumps({"rows": rows, "mb": peak() - imported}))
 """
 
 
@@ -130,11 +140,26 @@ def write_simulated_manifest(out: Path, num_files: int, rows_per_file: int = 10_
 
 def open_in_a_fresh_process(folder: Path) -> dict[str, float]:
     """Seconds to open a dataset and to plan its first epoch, and the peak resident memory."""
-    done = subprocess.run(
-        [sys.executable, "-c", _OPEN, str(folder)], check=True, capture_output=True, text=True, cwd=Path.cwd()
-    )
+    return _run(_OPEN, folder)
+
+
+def _run(code: str, *arguments: object) -> dict[str, float]:
+    command = [sys.executable, "-c", _PEAK + code, *map(str, arguments)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path.cwd())
     result: dict[str, float] = json.loads(done.stdout)
     return result
+
+
+def measure_memory(folder: Path, num_rows: int, window: int = 8192) -> None:
+    """Memory that an epoch takes beside imports, in fresh processes: by the window, whatever the rows."""
+    size = window * TokenRows(num_rows).num_tokens * 18 / 8 / 2**20
+    print(f"\nAn epoch in windows of {window:,} rows ({size:.0f} MB each, packed), in fresh processes:")
+    for count in (num_rows // 4, num_rows):
+        out = folder / f"rows-{count}"
+        TokenRows(num_rows=count).write_dataset(out)
+        for rows in (window, 2 * window):
+            found = _run(_READ, out, rows)
+            print(f"  {found['rows']:>8,.0f} rows, window={rows:<6,}: peak {found['mb']:,.0f} MB beside imports")
 
 
 def measure_manifest(folder: Path, num_files: int) -> None:
@@ -219,7 +244,7 @@ def measure_rates(folder: Path, num_rows: int, rounds: int) -> None:
 def main() -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["rates", "manifest"])
+    parser.add_argument("--only", choices=["rates", "memory", "manifest"])
     parser.add_argument("--rows", type=int, default=60_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--files", type=int, default=1_000_000)
@@ -229,9 +254,11 @@ def main() -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     print(f"{platform.processor() or platform.machine()}, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        if options.only != "manifest":
+        if options.only in (None, "rates"):
             measure_rates(Path(folder) / "rates", options.rows, options.rounds)
-        if options.only != "rates":
+        if options.only in (None, "memory"):
+            measure_memory(Path(folder) / "memory", options.rows)
+        if options.only in (None, "manifest"):
             measure_manifest(Path(folder) / "manifest", options.files)
 
 

@@ -1,4 +1,4 @@
-"""What a million shards cost the driver: time and memory, segments of the ledger, resume, manifest, status.
+"""What a million shards cost: the driver's time and memory, segments of the ledger, resume, manifest, status, loader.
 
 Workers are replaced by ones that answer at once with the commit record of a shard of 10,000 images; messages are
 pickled as on their way from another process.  All else is what a job does: plan, lease, ledger and manifest on this
@@ -270,7 +270,24 @@ def phase_manifest(out: str, num_shards: int) -> dict[str, Any]:
     return {"seconds": seconds, "cpu_seconds": cpu_seconds, "rows": len(shards), "bytes": size}
 
 
-PHASES = {"begin": phase_begin, "scan": phase_scan, "resume": phase_resume, "manifest": phase_manifest}
+def phase_load(out: str, num_shards: int) -> dict[str, Any]:
+    # Not above: the memory of the driver does not hold it.
+    from pipeline.dataset import TokenDataset
+
+    began, cpu = time.perf_counter(), time.process_time()
+    dataset = TokenDataset(out, allow_partial=True)
+    plan = dataset.plan_epoch(0, 0, shuffle=True, window_rows=32_768)
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "samples": len(dataset), "windows": plan.num_windows}
+
+
+PHASES = {
+    "begin": phase_begin,
+    "scan": phase_scan,
+    "resume": phase_resume,
+    "manifest": phase_manifest,
+    "load": phase_load,
+}
 
 
 def run_phase(name: str, out: str, num_shards: int) -> dict[str, Any]:
@@ -307,6 +324,7 @@ def main() -> None:
         resume = run_phase("resume", out, count)
         manifest = run_phase("manifest", out, count)
         finished, finished_state = run_status(out)
+        load = run_phase("load", out, count)
     both = [resume["manifest_seconds"] + manifest["seconds"], resume["manifest_cpu_seconds"] + manifest["cpu_seconds"]]
     rows = [
         ("driver, per shard", f"{first['per_shard_ms']:.3f} ms", f"{first['cpu_per_shard_ms']:.3f} ms", "1 ms"),
@@ -321,6 +339,8 @@ def main() -> None:
         ("manifest written and read back", f"{both[0]:.1f} s", f"{both[1]:.1f} s", "60 s"),
         ("manifest", f"{manifest['bytes'] / 1e6:,.0f} MB", "", ""),
         (f"bsq status, {finished_state}", f"{finished:.1f} s", "", ""),
+        ("loader opened, an epoch planned", f"{load['seconds']:.1f} s", f"{load['cpu_seconds']:.1f} s", ""),
+        ("loader, peak memory", f"{load['rss_mb']:,.0f} MB", "", ""),
     ]
     print("| what | measured | CPU time | bound |\n|---|---|---|---|")
     for row in rows:

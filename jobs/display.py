@@ -21,6 +21,8 @@ WAITS_AFTER_SECONDS = 20.0
 BAR_WIDTH = 30
 WAIT_WORTH_TELLING = 0.25
 """Share of its time that one side must wait for the other before the display says so."""
+READ_WAIT_WORTH_TELLING = 0.5
+"""Share of the time without anything to decode that makes storage the limit, where the encoder waits."""
 
 
 class JobDisplay(Protocol):
@@ -202,6 +204,11 @@ def _describe_wait(progress: Progress) -> str:
     if progress.seconds < WAITS_AFTER_SECONDS:
         return ""
     if progress.device_wait >= max(WAIT_WORTH_TELLING, progress.decode_wait):
+        if progress.read_wait >= READ_WAIT_WORTH_TELLING:
+            return (
+                f"the encoder waits {progress.device_wait:.0%} of its time, and decoding for the storage: "
+                f"more CPUs would not help"
+            )
         return f"the encoder waits {progress.device_wait:.0%} of its time for decoding: more CPUs would help"
     if progress.decode_wait >= WAIT_WORTH_TELLING:
         return f"decoding waits {progress.decode_wait:.0%} of its time for the encoder: more devices would help"

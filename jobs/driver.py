@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import os
 import signal
 import threading
@@ -18,6 +19,7 @@ from datetime import UTC, datetime
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from jobs.arithmetic import OneArithmetic
 from jobs.attempts import DECODE_HUNG, WORKER_DIED, WORKER_HUNG, ShardQueue
 from jobs.commit import LedgerWriter
 from jobs.generation import Generation
@@ -79,9 +81,11 @@ class Driver:
         spec: JobSpec,
         observer: Observer | None,
         resume_command: str = "bsq resume",
+        arithmetic: OneArithmetic | None = None,
     ) -> None:
         self._storage, self._generation, self._lease = storage, generation, lease
         self._resume_command = resume_command
+        self._arithmetic = arithmetic
         self._run_spec = spec.run
         decode_seconds = spec.limits.decode_timeout_seconds
         self._decode_seconds = decode_seconds * (1 + DECODE_GRACE_SHARE) + DECODE_GRACE_SECONDS
@@ -171,6 +175,9 @@ class Driver:
                 if shard is None:
                     break
                 assignment = self._queue.assignment(shard, self._generation.url(shard), adopt=self._resumed)
+                if self._arithmetic is not None:
+                    # A file that lies there does not say what computed it.
+                    assignment = dataclasses.replace(assignment, adopt=False)
                 assignment = self._generation.complete(assignment)
                 if not slot.in_flight:
                     slot.last_change = time.monotonic()
@@ -242,6 +249,10 @@ class Driver:
         commit = message.commit
         if slot.in_flight.pop(commit.shard, None) is None:
             return
+        if self._arithmetic is not None:
+            self.leaves_strays = True
+            worker, dataset = slot.handle.name, self._storage.url
+            self._arithmetic.check(commit.arithmetic, message.arithmetic, worker=worker, dataset=dataset)
         self._writer.add_arithmetic(commit.arithmetic, message.arithmetic)
         self._writer.add(commit)
         self.num_left -= 1

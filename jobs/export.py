@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -32,7 +33,9 @@ from pipeline.export_formats import (
     webdataset_bytes,
 )
 from pipeline.sequence import SequenceFormat
+from pipeline.steps import reached
 from pipeline.storage import Storage, open_storage
+from pipeline.storage.base import TEMPORARY
 from schemas.errors import BsqError, OutputNotOurs, SpecError, nearest_name
 from schemas.fingerprint import differing_fields
 from schemas.job import Job
@@ -107,6 +110,7 @@ def export_dataset(
         "created_by": manifest.summary.created_by,
         "complete": False,
     }
+    began = time.time()
     _claim(storage, record)
     written = 0
     total = len(manifest.table)
@@ -117,7 +121,9 @@ def export_dataset(
             written += 1
     observe(total, total)
     writer.finish(manifest)
-    storage.publish(RECORD_NAME, json.dumps(record | {"complete": True}, indent=1).encode() + b"\n")
+    _write_record(storage, record | {"complete": True})
+    # What killed runs were about to publish.
+    storage.sweep_temporaries(began)
     rows, missing = manifest.summary.rows, manifest.summary.failed_shards
     return Export(target, storage.url, total, written, rows, missing)  # type: ignore[arg-type]
 
@@ -152,9 +158,9 @@ def _claim(storage: Storage, record: dict[str, Any]) -> None:
     try:
         found = json.loads(storage.read_bytes(RECORD_NAME))
     except FileNotFoundError:
-        if entries := storage.entries():
+        if entries := [name for name in storage.entries() if not TEMPORARY.fullmatch(name)]:
             raise OutputNotOurs(f"{storage.url}: holds {entries[0]} and no export. Name an empty folder.") from None
-        storage.publish(RECORD_NAME, json.dumps(record, indent=1).encode() + b"\n")
+        _write_record(storage, record)
         return
     except ValueError as error:
         raise OutputNotOurs(f"{storage.printable(RECORD_NAME)}: damaged. Name an empty folder.") from error
@@ -164,6 +170,10 @@ def _claim(storage: Storage, record: dict[str, Any]) -> None:
         raise OutputNotOurs(
             f"{storage.url}: holds another export ({'; '.join(differing)}). Name an empty folder, or remove it."
         )
+
+
+def _write_record(storage: Storage, record: dict[str, Any]) -> None:
+    storage.publish(RECORD_NAME, json.dumps(record, indent=1).encode() + b"\n", on_step=reached)
 
 
 class _Writer:
@@ -189,6 +199,10 @@ class _Writer:
     def finish(self, manifest: Manifest) -> None:
         """Write what can only be written at the end."""
 
+    def publish(self, name: str, data: bytes) -> None:
+        """Put a file in its place, in one step."""
+        self.storage.publish(name, data, on_step=reached)
+
 
 class _Npy(_Writer):
     """`tokens-N.npy` int32 [frames, h, w]; `tokens-N.first.npy` where rows begin; `tokens-N.jsonl` a line for each."""
@@ -198,23 +212,23 @@ class _Npy(_Writer):
     def write(self, number: int, rows: ExportRows) -> None:
         name = self.name(number).removesuffix(".npy")
         lines = [json.dumps(columns, ensure_ascii=False) + "\n" for columns, _ in rows]
-        self.storage.publish(f"{name}.jsonl", "".join(lines).encode())
-        self.storage.publish(f"{name}.first.npy", npy_bytes(rows.first_frame))
-        self.storage.publish(f"{name}.npy", npy_bytes(rows.frames.astype(self.dtype, copy=False)))
+        self.publish(f"{name}.jsonl", "".join(lines).encode())
+        self.publish(f"{name}.first.npy", npy_bytes(rows.first_frame))
+        self.publish(f"{name}.npy", npy_bytes(rows.frames.astype(self.dtype, copy=False)))
 
 
 class _WebDataset(_Writer):
     suffix = ".tar"
 
     def write(self, number: int, rows: ExportRows) -> None:
-        self.storage.publish(self.name(number), webdataset_bytes(rows, self.dtype))
+        self.publish(self.name(number), webdataset_bytes(rows, self.dtype))
 
 
 class _MDS(_Writer):
     suffix = ".mds"
 
     def write(self, number: int, rows: ExportRows) -> None:
-        self.storage.publish(self.name(number), mds_bytes(rows, self._columns, self.dtype))
+        self.publish(self.name(number), mds_bytes(rows, self._columns, self.dtype))
 
     def finish(self, manifest: Manifest) -> None:
         shards = [
@@ -222,7 +236,7 @@ class _MDS(_Writer):
             for number, samples in enumerate(manifest.table["rows"].to_pylist())
             if samples
         ]
-        self.storage.publish("index.json", json.dumps({"version": 2, "shards": shards}).encode())
+        self.publish("index.json", json.dumps({"version": 2, "shards": shards}).encode())
 
     @property
     def _columns(self) -> dict[str, str]:
@@ -256,7 +270,7 @@ class _Megatron(_Writer):
             "bin_bytes": self._append(self._bin, self._done["bin_bytes"], joined.tobytes()),
             "lengths_bytes": self._append(self._lengths, self._done["lengths_bytes"], lengths.tobytes()),
         }
-        self.storage.publish("unfinished/done.json", json.dumps(self._done).encode())
+        self.publish("unfinished/done.json", json.dumps(self._done).encode())
 
     def finish(self, manifest: Manifest) -> None:
         if not self._finished:
@@ -264,7 +278,7 @@ class _Megatron(_Writer):
             self._append(self._lengths, self._done["lengths_bytes"], b"")
             lengths = np.frombuffer(self.storage.read_bytes(self._lengths), "<i4")
             # The .idx first: while the .bin lies in the other folder, nobody takes the pair for whole.
-            self.storage.publish("tokens.idx", megatron_index(lengths, self.dtype))
+            self.publish("tokens.idx", megatron_index(lengths, self.dtype))
             self.storage.local_path(self._bin).rename(self.storage.local_path("tokens.bin"))
         shutil.rmtree(self.storage.local_path("unfinished"), ignore_errors=True)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -42,6 +44,27 @@ class HeldLease:
                 f"{self._storage.url}: {_taken_by(self._storage)} This driver stops; committed work is kept."
             )
         self._adopt(lease)
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Renew the lease from a thread, during what takes long and does not look at it: a large ledger is read, a
+        manifest written.  A lease that was taken meanwhile is noticed at the next renewal."""
+        ended = threading.Event()
+
+        def keep() -> None:
+            while not ended.wait(self._lease.ttl_seconds / RENEWALS_PER_TTL):
+                try:
+                    self.renew(self._lease.progress)
+                except BsqError:
+                    return  # who holds it by then is for the ledger's numbers to decide
+
+        thread = threading.Thread(target=keep, name="lease", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def release(self) -> None:
         """Remove the lease if it is still ours."""

@@ -56,6 +56,7 @@ class ProgressMeter:
         self._samples_before: dict[int, tuple[int, int]] = {}
         self._before = (self._totals.samples, self._totals.tokens)
         self._history: deque[tuple[float, int, int]] = deque()
+        self._num_busy_beats = self._num_beats_without_input = 0
 
     def committed(self, commit: Commit) -> None:
         self._committed += 1
@@ -70,6 +71,9 @@ class ProgressMeter:
         if previous is not None and heartbeat.seconds < previous.seconds:
             samples, tokens = self._samples_before.get(worker, (0, 0))
             self._samples_before[worker] = (samples + previous.samples, tokens + previous.tokens)
+        if heartbeat.busy and (previous is None or heartbeat.seconds != previous.seconds):
+            self._num_busy_beats += 1
+            self._num_beats_without_input += heartbeat.waiting_bytes == 0
         self._heartbeats[worker] = heartbeat
         now = time.monotonic()
         if not self._history or now - self._history[-1][0] > 0.5:
@@ -111,6 +115,7 @@ class ProgressMeter:
             workers=len(beats),
             device_wait=min(1.0, sum(beat.device_wait_seconds for beat in beats) / device_seconds),
             decode_wait=min(1.0, sum(beat.decode_wait_seconds for beat in beats) / decoder_seconds),
+            read_wait=self._num_beats_without_input / max(1, self._num_busy_beats),
         )
 
     def _encoded(self) -> tuple[int, int]:
@@ -193,7 +198,7 @@ class Status(BaseModel):
             lines.append(f"  speed     {p.samples_per_second:,.1f} samples/s, {p.tokens_per_second:,.0f} tokens/s{eta}")
             lines.append(
                 f"  waiting   device {p.device_wait:.0%} of its time for batches, "
-                f"decoders {p.decode_wait:.0%} for the device"
+                f"decoders {p.decode_wait:.0%} for the device; nothing to decode {p.read_wait:.0%} of the time"
             )
         failures: list[FailedShard | FailedSample] = [*self.failed_shards, *self.failed_samples]
         lines += [f"  failed    {_shorten(failure.describe())}" for failure in failures]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import sys
 import tempfile
 import time
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from jobs.arithmetic import OneArithmetic
 from jobs.begin import recognise, resolve, write_beginning
 from jobs.driver import Driver, Observer
 from jobs.finish import is_finished, sweep, write_manifest
@@ -139,10 +141,15 @@ def run_generation(
     # Workers take limits and policies from the job, and they are this generation's.
     job = job.model_copy(update={"spec": generation.record.spec})
     began = time.time()
-    storage.sweep_temporaries(older_than=began)
-    ledger = read_ledger(storage, number, keep_commits=False)
+    with lease.kept():
+        storage.sweep_temporaries(older_than=began)
+        ledger = read_ledger(storage, number, keep_commits=False)
     command = execution.command("resume")
-    driver = Driver(storage, generation, ledger, lease, execution.spec, observer, command)
+    arithmetic = None
+    if execution.spec.run.strict_arithmetic:
+        earlier = [read_ledger(storage, each, keep_commits=False).arithmetic for each in range(number)]
+        arithmetic = OneArithmetic(dict(itertools.chain.from_iterable(map(dict.items, [*earlier, ledger.arithmetic]))))
+    driver = Driver(storage, generation, ledger, lease, execution.spec, observer, command, arithmetic)
     told = [*notes]
     if driver.has_work and not storage.fenced:
         told.append(
@@ -161,11 +168,13 @@ def run_generation(
             # A lease that was lost means that the temporaries are another driver's.
             if not isinstance(sys.exception(), LeaseLost):
                 storage.sweep_temporaries(older_than=time.time())
-        ledger = read_ledger(storage, number, keep_commits=False)
-    if not is_finished(storage, number):
-        write_manifest(storage, job, number)
-    if driver.leaves_strays:
-        sweep(storage, number)
+        with lease.kept():
+            ledger = read_ledger(storage, number, keep_commits=False)
+    with lease.kept():
+        if not is_finished(storage, number):
+            write_manifest(storage, job, number)
+        if driver.leaves_strays:
+            sweep(storage, number)
     outcome = describe_outcome(
         driver.progress,
         ledger,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jobs.arithmetic import describe_arithmetic
 from jobs.commit_table import CommitTable, read_commit_table
 from jobs.existing_job import existing_job
 from jobs.originals import Frames, read_originals
@@ -82,10 +83,10 @@ class Retokenization:
 
     def describe(self) -> str:
         """A few lines for people."""
-        here = _describe_arithmetic(self.arithmetic)
+        here = describe_arithmetic(self.arithmetic)
         lines = [f"Tokenized {self.compared:,} of {self.chosen:,} random rows again (seed {self.seed}), on {here}:"]
         for identifier, each in self.agreements.items():
-            made = _describe_arithmetic(self.made_with.get(identifier, {}))
+            made = describe_arithmetic(self.made_with.get(identifier, {}))
             flips = f"{each.flipped:,} of {each.bits:,} bits flipped ({_share(each.flip_rate)})"
             lines.append(f"  made by {identifier} ({made}): {each.equal:,} of {each.rows:,} rows equal, {flips}")
             if each.decibels:
@@ -205,6 +206,7 @@ class _Recomputation:
             dtype=spec.dtype,
             device=device,
             num_cpus=1,
+            shapes=list(self._shapes.items()),
             storage_options=dict(storage_options or {}),
         )
         is_stub = job.tokenizer.config.get("preset") == STUB_NAME
@@ -252,12 +254,6 @@ class _Recomputation:
         for place, (number, original_THWC) in enumerate(group):
             num_tokens = len(original_THWC) * tokenizer.grid[0] * tokenizer.grid[1]
             yield number, cut_tokens(encoded.packed[place], num_tokens, tokenizer.bits), original_THWC
-
-
-def _describe_arithmetic(value: Mapping[str, Any]) -> str:
-    words = [str(value[name]) for name in ("device", "dtype") if name in value]
-    words += [f"{name} {value[name]}" for name in ("torch", "cuda") if value.get(name)]
-    return ", ".join(words) or "not recorded"
 
 
 def _share(rate: float) -> str:

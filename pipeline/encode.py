@@ -86,6 +86,10 @@ class BatchLimits:
     def __init__(self) -> None:
         self._most: dict[int, int] = {}
 
+    def most(self, num_rows: int, num_frames: int) -> int:
+        """How many of so many rows of so many frames are encoded together."""
+        return min(self._most.get(num_frames, num_rows), num_rows)
+
     def encode(
         self, frames_BTCHW: torch.Tensor, encode: Callable[[torch.Tensor], T], free: Callable[[], object]
     ) -> list[T]:
@@ -95,7 +99,7 @@ class BatchLimits:
         has no room for more of this shape, now or later.  Raises what `encode` raises when one row is too many."""
         num_rows, num_frames = frames_BTCHW.shape[:2]
         while True:
-            most = min(self._most.get(num_frames, num_rows), num_rows)
+            most = self.most(num_rows, num_frames)
             try:
                 return [encode(part_BTCHW) for part_BTCHW in torch.split(frames_BTCHW, most)]
             except (RuntimeError, MemoryError) as error:
@@ -159,18 +163,18 @@ class CudaEncoder:
     depth = 2
     pin = True
 
-    def __init__(self, model: BSQViT, device: torch.device) -> None:
+    def __init__(self, model: BSQViT, device: torch.device, shapes: Sequence[tuple[int, int]]) -> None:
+        """`shapes` are (T, B) of the batches that come; how many rows run together decides bits on a GPU."""
         self._model = model.eval().to(device)
         self._device = device
+        self._shapes = shapes
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._limits = BatchLimits()
-        self._batch_shapes: set[tuple[int, int]] = set()
 
     def submit(self, frames_BTCHW: torch.Tensor, num_rows: int) -> PendingBatch:
         # The current device belongs to the thread, and threads come and go.
         with torch.cuda.device(self._device), torch.inference_mode():
             parts = self._limits.encode(frames_BTCHW, self._encode, torch.cuda.empty_cache)
-            self._batch_shapes.add((len(parts[0][0]), frames_BTCHW.shape[1]))
             packed_BO, finite_B = (torch.cat(part) for part in zip(*parts, strict=True))
             host_packed = torch.empty(packed_BO.shape, dtype=torch.uint8, pin_memory=True)
             host_finite = torch.empty(finite_B.shape, dtype=torch.bool, pin_memory=True)
@@ -184,7 +188,7 @@ class CudaEncoder:
         return {
             "device": torch.cuda.get_device_name(self._device),
             "dtype": str(self._model.compute_dtype).removeprefix("torch."),
-            "batches": sorted(self._batch_shapes),
+            "batches": [[self._limits.most(rows, frames), frames] for frames, rows in self._shapes],
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
         }
@@ -216,9 +220,10 @@ def open_encoder(
     dtype: str,
     device: str,
     num_cpus: int,
+    shapes: Sequence[tuple[int, int]],
     storage_options: Mapping[str, Any],
 ) -> Encoder:
-    """Load the tokenizer copied to `folder` onto a device.
+    """Load the tokenizer copied to `folder` onto a device, for batches of `shapes` (T, B).
 
     Raises SpecError for arithmetic that the device does not have, CheckpointError for damaged weights."""
     if record.config.get("preset") == STUB_NAME:
@@ -230,7 +235,7 @@ def open_encoder(
         return CpuEncoder(model, num_cpus)
     if dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
         raise SpecError(f"{torch.cuda.get_device_name(target)} has no bfloat16. Start the job with dtype: float32.")
-    return CudaEncoder(model, target)
+    return CudaEncoder(model, target, shapes)
 
 
 def cut_tokens(packed_O: npt.NDArray[np.uint8], num_tokens: int, bits: int) -> bytes:

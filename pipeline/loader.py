@@ -88,6 +88,8 @@ class TokenLoader(IterableDataset[Batch]):
         repeat: go on with the next epoch without end.
         rank, world_size: those of torch.distributed unless told, or of the environment that torchrun sets.
         prefetch: batches that a thread prepares ahead; 0 for no thread.
+        pin_memory: put batches into page-locked memory, where there is a GPU and no worker: in a DataLoader that is
+            its own pin_memory.
         label_drop, null_label: share of samples whose label becomes `null_label` and whose caption becomes None.
 
         Raises SpecError."""
@@ -354,7 +356,8 @@ class TokenLoader(IterableDataset[Batch]):
         return DatasetStream(self.datasets[0], self.seed, options)
 
     def _pinned(self, batch: Batch) -> Batch:
-        if not self._pin_memory or not torch.cuda.is_available():
+        # A worker may have been forked, and then CUDA cannot be used; what it sends is copied once more anyway.
+        if not self._pin_memory or get_worker_info() is not None or not torch.cuda.is_available():
             return batch
         return {name: v.pin_memory() if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
 

@@ -78,12 +78,15 @@ class ShardWorker:
         spec = job.spec
         self._storage = open_storage(setup.out, setup.storage_options)
         folder = self._storage.url_of(job.tokenizer.folder)
+        assert isinstance(spec.preprocess.size, int) and isinstance(spec.clips.clip_frames, int)
+        shapes = batch_shapes(setup.batch, spec.clips.clip_frames)
         self._encoder: Encoder = open_encoder(
             job.tokenizer,
             folder,
             dtype=spec.dtype,
             device=setup.device,
             num_cpus=setup.num_cpus,
+            shapes=shapes,
             storage_options=setup.storage_options,
         )
         keep_freed_memory()
@@ -92,7 +95,6 @@ class ShardWorker:
         # Parallelism comes from the threads here; torch's own would fight with them for the cores.
         torch.set_num_threads(1)
         self._decoder = Decoder(spec.preprocess, spec.clips, spec.limits)
-        assert isinstance(spec.preprocess.size, int) and isinstance(spec.clips.clip_frames, int)
         self._stop = threading.Event()
         self._draining = threading.Event()
         self._num_shards_reading_ended = 0
@@ -105,7 +107,7 @@ class ShardWorker:
         self._complete: ByteQueue[ShardRows] = ByteQueue(1 << 30, self._stop)
         self._outbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._batcher = Batcher(
-            shapes=batch_shapes(setup.batch, spec.clips.clip_frames),
+            shapes=shapes,
             size=spec.preprocess.size,
             num_slots=self._encoder.num_lanes * self._encoder.depth + SPARE_SLOTS,
             pin=self._encoder.pin,

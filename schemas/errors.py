@@ -81,6 +81,10 @@ class OutputFull(OutputError):
     """No space is left, or a file-size limit or quota is reached."""
 
 
+class ArithmeticDiffers(Refused):
+    """A worker computes in another arithmetic than made the tokens that are there, and a mix is not allowed."""
+
+
 class LeaseLost(BsqError):
     """Another driver took the job over while this one was running (or asleep)."""
 

@@ -110,6 +110,9 @@ class RunSpec(_Section):
     """A worker that makes no progress for so long is killed and its shards are given to others."""
     max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of samples that may fail before the job ends with exit code 3."""
+    strict_arithmetic: bool = False
+    """Stop when a worker computes on another device, in other batches or with other versions than made the tokens that
+    are there: bits of latents near zero may differ between them."""
 
 
 class JobSpec(_Section):

@@ -38,6 +38,9 @@ class Progress(BaseModel):
     """Share of its time that the device waited for a batch: high means that more CPUs would help."""
     decode_wait: float = 0.0
     """Share of their time that the decoders waited for a free batch: high means that more devices would help."""
+    read_wait: float = 0.0
+    """Share of the time in which nothing that was read waited for a decoder: high, beside a device that waits, means
+    that storage is the limit."""
 
 
 class Lease(BaseModel):

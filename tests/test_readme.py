@@ -61,7 +61,8 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 
 def options_of(command: str) -> set[str]:
-    return {flag for param in COMMANDS[command].params for flag in param.opts} | {"--help"}
+    parameters = COMMANDS[command].params
+    return {flag for parameter in parameters for flag in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
 
 
 @page

@@ -11,17 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.token_rows import TokenRows
 from tests.tiny_corpus import REPOSITORY, bsq_environment
+from tests.token_datasets import TokenDatasetWriter
 
 SMALL = ["--save-every", 8, "--seq-len", 70, "--width", 32, "--layers", 1, "--batch", 4]
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
-    """Images of 4 x 4 tokens in three files; an epoch is over after some 25 steps."""
+    """Images and clips of 4 x 4 tokens in three files; an epoch is over after some 25 steps."""
     out = tmp_path_factory.mktemp("train-lm") / "tokens"
-    TokenRows(num_rows=210, rows_per_file=75, grid=(4, 4)).write_dataset(out)
+    TokenDatasetWriter(
+        url=str(out), clips_of_file=[40, 40, 25], grid=(4, 4), frames=lambda file, clip: 1 + (file + clip) % 3
+    ).write()
     return out
 
 

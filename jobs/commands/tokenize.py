@@ -59,6 +59,7 @@ _SPEC_PATHS = {
     "batch": "run.batch",
     "cpus_per_worker": "run.cpus_per_worker",
     "max_failed_fraction": "run.max_failed_fraction",
+    "strict_arithmetic": "run.strict_arithmetic",
 }
 """Field of the job spec that each option of `bsq tokenize` sets."""
 
@@ -116,6 +117,10 @@ def tokenize(
     device: Annotated[Literal["auto", "cuda", "cpu"] | None, option("--device", "device", RUNNING)] = None,
     max_failed_fraction: Annotated[
         float | None, option("--max-failed-fraction", "run.max_failed_fraction", RUNNING, "SHARE")
+    ] = None,
+    strict_arithmetic: Annotated[
+        bool | None,
+        option("--strict-arithmetic/--no-strict-arithmetic", "run.strict_arithmetic", RUNNING),
     ] = None,
     damaged_shards: Annotated[
         Literal["keep", "fail"] | None, option("--damaged-shards", "damaged_shards", RUNNING)

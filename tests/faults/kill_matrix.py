@@ -6,6 +6,7 @@ import hashlib
 import random
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from tests.faults.conftest import LENIENT
 from tests.running_jobs import STUB, RunningJob, StartJob, is_alive, signal_quietly
 from tests.tiny_corpus import dataset_files, temporaries
 
-VICTIMS = ("driver", "worker", "decoder", "everybody")
 KILLS_OF_A_JOB = 6
 CANDIDATE_SECONDS = 8.0
 """How long a kill waits for somebody to kill: not every job has children that decode."""
@@ -75,6 +75,10 @@ class KillMatrix:
     undisturbed: dict[str, str]
     folder: Path
     start: StartJob
+    where: tuple[object, ...] = ("--no-ray", "--workers", 2)
+    """Options that say who runs the workers."""
+    victims: tuple[str, ...] = ("driver", "worker", "decoder", "everybody")
+    """The last of them is the largest: what else goes with it when a machine does."""
     generator: random.Random = field(default_factory=lambda: random.Random(20))
     struck: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Kills by victim and moment."""
@@ -94,12 +98,12 @@ class KillMatrix:
         """How many kills struck whom and when, in Markdown."""
         moments = [*STEPS, RANDOM]
         rows = [
-            [moment, *(str(self.struck[victim, moment] or "") for victim in VICTIMS)]
+            [moment, *(str(self.struck[victim, moment] or "") for victim in self.victims)]
             for moment in moments
-            if any(self.struck[victim, moment] for victim in VICTIMS)
+            if any(self.struck[victim, moment] for victim in self.victims)
         ]
-        rows.append(["all", *(str(sum(self.struck[victim, moment] for moment in moments)) for victim in VICTIMS)])
-        lines = ["| moment | " + " | ".join(VICTIMS) + " |", "|---" * (len(VICTIMS) + 1) + "|"]
+        rows.append(["all", *(str(sum(self.struck[victim, moment] for moment in moments)) for victim in self.victims)])
+        lines = ["| moment | " + " | ".join(self.victims) + " |", "|---" * (len(self.victims) + 1) + "|"]
         lines += ["| " + " | ".join(row) + " |" for row in rows]
         ends = f"{self.num_struck} kills in {self.num_jobs} jobs, which were resumed {self.num_resumes} times"
         return "\n".join([ends, "", *lines])
@@ -109,16 +113,16 @@ class KillMatrix:
         out = self.folder / f"out-{self.num_jobs}"
         self.num_jobs += 1
         contained = ["--set", "run.decode_processes=1"] if self.num_jobs % 3 == 0 else []
-        settings = ["--no-ray", "--workers", 2, "--set", "run.max_attempts=99", *contained]
+        settings = [*self.where, "--set", "run.max_attempts=99", *contained]
         begin = ["tokenize", *self.shards, "--out", out, *STUB, *LENIENT, *settings]
         num_left = num_kills
         while True:
             begun = (out / "job.json").exists()
-            command = ["resume", out, "--no-ray", "--workers", 2] if begun else begin
+            command = ["resume", out, *self.where] if begun else begin
             self.num_resumes += begun
             # Half of the kills wait for a step; without any the job is let end.
             step = self.generator.choice(STEPS) if num_left and self.generator.random() < 0.5 else ""
-            job = self.start(*command, hold_at=step, faults=SLOW if num_left else ())
+            job = self.begin_job(command, step, SLOW if num_left else ())
             while num_left and job.process.poll() is None:
                 if self._kill_once(job, step):
                     num_left -= 1
@@ -138,22 +142,16 @@ class KillMatrix:
             # At a step it is the process that stands there, or everybody at once.
             victim = "driver" if held == job.pid else "worker"
             if self.generator.random() < 0.25:
-                victim = "everybody"
+                victim = self.victims[-1]
         else:
-            moment, victim = RANDOM, self.generator.choice(VICTIMS)
+            moment, victim = RANDOM, self.generator.choice(self.victims)
             held = self._choose(job, victim)
             if held is None:
                 return False
         if job.process.poll() is not None:
             return False
-        if victim == "everybody":
-            job.kill()
-        elif not signal_quietly(held):
+        if not self.kill(job, victim, held):
             return False
-        else:
-            while is_alive(held):
-                time.sleep(0.01)
-            job.let_go(held)
         self.struck[victim, moment] += 1
         if victim == "driver":
             # Workers end by themselves; one that stands at a step does too.
@@ -161,16 +159,37 @@ class KillMatrix:
             job.kill()
         return True
 
+    def begin_job(self, command: Sequence[object], step: str, faults: Sequence[str]) -> RunningJob:
+        """Start a job whose processes stand still at `step`, if it names one."""
+        return self.start(*command, hold_at=step, faults=faults)
+
+    def candidates(self, job: RunningJob, victim: str) -> set[int]:
+        """Processes of that kind that are alive."""
+        if victim == "worker":
+            return job.workers()
+        return job.decoders() if victim == "decoder" else {job.pid}
+
+    def kill(self, job: RunningJob, victim: str, held: int) -> bool:
+        """Kill the process `held`, or all that `victim` stands for; return whether somebody was there."""
+        if victim == "everybody":
+            job.kill()
+            return True
+        if not signal_quietly(held):
+            return False
+        while is_alive(held):
+            time.sleep(0.01)
+        job.let_go(held)
+        return True
+
     def _choose(self, job: RunningJob, victim: str) -> int | None:
         """Somebody of that kind, a random while after the first of them has come up."""
-        find = {"worker": job.workers, "decoder": job.decoders}.get(victim, lambda: {job.pid})
         deadline = time.monotonic() + CANDIDATE_SECONDS
-        while not find():
+        while not self.candidates(job, victim):
             if job.process.poll() is not None or time.monotonic() > deadline:
                 return None
             time.sleep(0.02)
         time.sleep(self.generator.uniform(0.0, 3.0))
-        candidates = find()
+        candidates = self.candidates(job, victim)
         return self.generator.choice(sorted(candidates)) if candidates else None
 
     def _wait_for_step(self, job: RunningJob) -> int | None:

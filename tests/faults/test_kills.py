@@ -17,7 +17,7 @@ from pipeline.steps import STEPS
 from pipeline.storage import open_storage
 from tests.faults.conftest import LENIENT
 from tests.faults.kill_matrix import KillMatrix, assert_consistent, assert_whole, state
-from tests.running_jobs import STUB, StartJob
+from tests.running_jobs import STUB, StartJob, wait_until
 from tests.tiny_corpus import RunBsq
 
 WORKER_STEPS, DRIVER_STEPS = STEPS[:4], STEPS[4:]
@@ -154,6 +154,21 @@ def test_a_lease_that_is_held_refuses_a_second_driver_until_its_holder_is_dead(
     job.kill()
     assert "interrupted" in bsq("status", out).stdout
     assert bsq("resume", out, "--in-process").returncode == 0
+    assert_whole(out, undisturbed)
+
+
+@pytest.mark.long
+def test_a_lease_is_kept_while_a_manifest_is_written(
+    shards: list[Path], undisturbed: dict[str, str], tmp_path: Path, bsq: RunBsq, start: StartJob
+) -> None:
+    out = tmp_path / "out"
+    job = start("tokenize", *shards, "--out", out, *STUB, *LENIENT, "--no-ray", hold_at="before_manifest")
+    job.wait_until_standing()
+    # As if the manifest of very many shards had taken an hour so far.
+    os.utime(out / "lease.json", (time.time() - 3600, time.time() - 3600))
+    wait_until(lambda: time.time() - (out / "lease.json").stat().st_mtime < 60, "the lease is renewed", job)
+    assert bsq("resume", out, "--no-ray").returncode == 4
+    assert job.end() == 0, job.said
     assert_whole(out, undisturbed)
 
 

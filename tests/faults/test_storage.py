@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pipeline.storage import Storage, open_storage
 from tests.conftest import ObjectStore
 from tests.faults.conftest import LENIENT
 from tests.faults.faulty_store import Faults, faulty
+from tests.faults.kill_matrix import assert_consistent, assert_whole
 from tests.running_jobs import PATIENCE_SECONDS, STUB, StartJob
 from tests.tiny_corpus import BSQ, RunBsq, bsq_environment, dataset_files, photo_members, temporaries, write_tar
 
@@ -275,6 +277,51 @@ def test_a_full_disk_stops_the_job_in_one_line_and_the_job_goes_on_when_there_is
     resumed = bsq("resume", out, "--in-process")
     assert resumed.returncode == 0, resumed.stderr
     assert dataset_files(out) == dataset_files(undisturbed)
+
+
+FILLED = """
+import ctypes, json, shutil, subprocess, sys
+out, copies, *commands = sys.argv[1:]
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.unshare(0x00020000) or libc.mount(None, b"/", None, 0x44000, None):  # a mount namespace of its own
+    sys.exit(99)
+for number, (command, flags, size) in enumerate(zip(commands, (0, 0x20), (b"size=40k", b"size=16m"))):  # remounted
+    if libc.mount(b"tmpfs", out.encode(), b"tmpfs", flags, size):
+        sys.exit(99)
+    done = subprocess.run(json.loads(command), capture_output=True, text=True)
+    print(json.dumps([done.returncode, done.stderr]))
+    shutil.copytree(out, f"{copies}/{number}")
+"""
+
+
+@pytest.mark.long
+def test_a_disk_without_a_page_left_keeps_what_was_published_and_the_job_goes_on_when_there_is_room(
+    shards: list[Path], undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    # Neither the worker nor, with the records of what it published, the driver finds any room.
+    commands = [
+        [*BSQ, "tokenize", *map(str, shards), "--out", str(out), *STUB, *LENIENT, "--no-ray"],
+        [*BSQ, "resume", str(out), "--in-process"],
+    ]
+    filled = subprocess.run(
+        [sys.executable, "-c", FILLED, out, tmp_path / "copies", *map(json.dumps, commands)],
+        capture_output=True, text=True, env=bsq_environment(), check=False,
+    )  # fmt: skip
+    if filled.returncode == 99:
+        pytest.skip("mounting needs the rights of an administrator")
+    assert filled.returncode == 0, filled.stderr
+    (code, said), resumed = map(json.loads, filled.stdout.splitlines())
+    lines = [line for line in said.splitlines() if not line[:2].isdigit()]
+    assert code == 4 and len(lines) == 1, said
+    assert lines[0].startswith("OutputFull: ") and "No space left" in lines[0]
+    left = tmp_path / "copies" / "0"
+    assert 0 < len(dataset_files(left)) < len(undisturbed)
+    assert_consistent(left, undisturbed)
+    assert temporaries(left) == [] and not (left / "lease.json").exists()
+    assert resumed[0] == 0, resumed
+    assert_whole(tmp_path / "copies" / "1", undisturbed)
 
 
 READ_ONLY = """

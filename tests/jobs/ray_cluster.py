@@ -17,10 +17,19 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 START_SECONDS = 120.0
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "5" * 64}
 """Environment of whoever may talk to the cluster."""
+
+
+_QUICK_CHECKS = {
+    "health_check_initial_delay_ms": 500,
+    "health_check_period_ms": 500,
+    "health_check_failure_threshold": 4,
+}
+"""A node that died is noticed within seconds."""
 
 
 @dataclass
@@ -91,6 +100,25 @@ def ray_cluster(*, num_cpus: int = 2) -> Iterator[RayCluster]:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     node.wait(20)
             kill_all_that_name(str(folder))
+
+
+@contextlib.contextmanager
+def ray_nodes() -> Iterator[Any]:
+    """A head that has no CPU for workers, to be joined by nodes, each with a raylet of its own on this machine."""
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": _QUICK_CHECKS})
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def raylet(node: Any) -> int:
+    """The process of such a node that all its others descend from."""
+    (process,) = node.all_processes["raylet"]
+    return int(process.process.pid)
 
 
 def bare_environment(folder: Path) -> Path:

@@ -48,6 +48,12 @@ def test_progress_names_shards_speed_failures_and_what_waits():
     ]
 
 
+def test_slow_storage_is_not_taken_for_slow_decoding():
+    assert describe_progress(BUSY.model_copy(update={"read_wait": 0.9}))[-1] == (
+        "the encoder waits 40% of its time, and decoding for the storage: more CPUs would not help"
+    )
+
+
 def test_nothing_is_said_of_what_did_not_happen():
     assert describe_progress(Progress()) == ["0 of 0 shards", "0 samples"]
     assert describe_summary(Progress(shards=1, committed=1, samples=2, rows=2, tokens=512, bytes=900, seconds=3)) == (

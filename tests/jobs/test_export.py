@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
+import pty
 import struct
+import subprocess
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +23,8 @@ import webdataset
 from jobs.export import RECORD_NAME, export_dataset
 from pipeline.storage import open_storage
 from schemas.errors import OutputNotOurs, SpecError
+from tests.running_jobs import StartJob
+from tests.tiny_corpus import BSQ, bsq_environment
 
 TARGETS = ["megatron", "mds", "webdataset", "npy"]
 
@@ -213,6 +220,54 @@ def test_an_export_that_was_stopped_goes_on_to_the_same_bytes(dataset, tmp_path,
     assert "3 of them from an earlier run" in resumed.describe()
     assert export_dataset(dataset.url, str(stopped), target).written == 0
     assert files_of(stopped) == files_of(unbroken)
+
+
+@pytest.mark.parametrize(
+    ("target", "publication"),
+    [
+        ("npy", 1),
+        ("npy", 6),
+        ("megatron", 3),
+        pytest.param("mds", 3, marks=pytest.mark.long),
+        pytest.param("webdataset", 3, marks=pytest.mark.long),
+    ],
+)
+def test_an_export_that_was_killed_goes_on_and_leaves_nothing_else(
+    dataset, tmp_path, bsq, start: StartJob, target, publication
+):
+    """While it publishes its record, or something of the second token file."""
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    export_dataset(dataset.url, str(unbroken), target)
+    command = ("export", dataset.url, "--to", target, "--out", killed)
+    job = start(*command, hold_at="after_temp")
+    for _ in range(publication - 1):
+        job.wait_until_standing()
+        job.let_go()
+    job.wait_until_standing()
+    job.kill()
+    assert [path for path in killed.rglob(".*.tmp") if path.is_file()]
+    assert (killed / RECORD_NAME).exists() == (publication > 1)
+    done = bsq(*command)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("from an earlier run" in done.stdout) == (publication > 1)
+    assert files_of(killed) == files_of(unbroken)
+
+
+def test_a_terminal_shows_a_bar(dataset, tmp_path):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    command = [*BSQ, "export", dataset.url, "--to", "npy", "--out", str(tmp_path / "out")]
+    environment = bsq_environment({"TERM": "xterm"})
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        shown = b""
+        try:
+            while part := os.read(ours, 4096):
+                shown += part
+        except OSError:  # the other side is closed
+            os.close(ours)
+    assert process.returncode == 0
+    assert "token files" in shown.decode() and "3/3" in shown.decode() and "━" in shown.decode()
 
 
 def test_a_stop_between_the_two_files_of_megatron_is_mended(dataset, tmp_path, monkeypatch):

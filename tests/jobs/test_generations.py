@@ -23,6 +23,7 @@ from jobs.progress import read_status
 from jobs.retry import RetryKind, retry_job
 from jobs.start import resume_job, start_job
 from jobs.verify import verify_dataset
+from pipeline.dataset import TokenDataset
 from pipeline.dataset_files import list_generations, read_manifest
 from pipeline.find_rows import find_rows, why_missing
 from pipeline.generations import list_begun, read_generation
@@ -69,6 +70,14 @@ def all_rows(out: Path, generation: int | None = None) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["shard"], row["position"], row["clip"], row["view"]))
 
 
+def loaded_rows(out: Path, generation: int | None = None) -> list[tuple[Any, ...]]:
+    """Every row of a dataset as whoever trains on it gets it, in source order but for the shards."""
+    names = ["position", "clip", "view", "key", "frames"]
+    dataset = TokenDataset(out, names, "packed", "all", allow_partial=True, generation=generation)
+    rows = dataset.__getitems__(range(len(dataset)))
+    return sorted((*(row[name] for name in names), row["packed"].numpy().tobytes()) for row in rows)
+
+
 def all_failures(out: Path) -> list[dict[str, Any]]:
     """What the failure tables that count say, by shard."""
     storage = open_storage(str(out))
@@ -98,6 +107,8 @@ def assert_same_dataset(out: Path, expected: Path) -> None:
     assert all_failures(out) == all_failures(expected)
     assert counts(out) == counts(expected)
     for folder in (out, expected):
+        names = ("position", "clip", "view", "key", "frames", "tokens")
+        assert loaded_rows(folder) == sorted(tuple(row[name] for name in names) for row in all_rows(folder))
         result = verify_dataset(str(folder))
         assert (result.problems, result.finished) == ([], True)
     assert result.samples == counts(out)["samples"] and result.failed == counts(out)["failed"]
@@ -386,6 +397,7 @@ def test_a_dataset_that_grew_is_the_one_made_at_once_and_earlier_generations_sta
     assert dataset_files(out) == dataset_files(tmp_path / "all")
     assert_same_dataset(out, tmp_path / "all")
     assert all_rows(out, generation=0) == first
+    assert [len(loaded_rows(out, generation)) for generation in (0, 1, 2)] == [16, 29, 53]
     assert {row["shard"] for row in all_rows(out, generation=1)} == {0, 1, 2}
     manifest = read_manifest(open_storage(str(out)))
     assert manifest is not None

@@ -17,6 +17,7 @@ from jobs.lease import HeldLease, is_dead, read_lease, take_lease
 from pipeline.storage import Storage, open_storage
 from schemas.errors import LeaseHeld, LeaseLost
 from schemas.lease import Lease, Progress
+from tests.running_jobs import wait_until
 
 
 @pytest.fixture
@@ -145,6 +146,31 @@ def test_renewing_shows_the_progress_and_makes_the_lease_young(storage: Storage)
         lease.renew(Progress(shards=9, committed=committed))
         found = read_lease(storage)
         assert found is not None and found[0].progress.committed == committed and found[1] < 30
+
+
+def test_a_lease_is_kept_young_while_something_takes_long(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "TTL_SECONDS", 0.2)
+    lease = take_lease(storage)
+    lease.renew(Progress(committed=7))
+    with lease.kept():
+        grow_old(storage)
+        wait_until(lambda: time.time() - storage.modified("lease.json") < 60, "the lease is renewed")
+    assert written(storage)["progress"]["committed"] == 7
+    lease.renew(Progress(committed=8))
+
+
+def test_a_lease_that_is_taken_while_it_is_kept_stays_with_the_winner(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "TTL_SECONDS", 0.2)
+    lease = take_lease(storage)
+    with lease.kept():
+        winner = take_lease(storage, force=True)
+        renewals = [thread for thread in threading.enumerate() if thread.name == "lease"]
+        wait_until(lambda: not any(thread.is_alive() for thread in renewals), "nobody renews it any more")
+    with pytest.raises(LeaseLost, match="has taken the job over"):
+        lease.renew(Progress())
+    winner.renew(Progress())
 
 
 def test_renewal_is_due_four_times_in_a_time_to_live(storage: Storage) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
@@ -8,15 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import jobs.progress
 from jobs.lease import take_lease
 from jobs.progress import ProgressMeter, read_status
+from jobs.start import start_job
 from pipeline.dataset_files import LedgerState
 from pipeline.storage import open_storage
 from pipeline.worker import Heartbeat
 from schemas.errors import SpecError
+from schemas.jobspec import parse_spec
 from schemas.lease import Progress
+from tests.jobs.slow_server import slow_server
+from tests.tiny_corpus import jpeg, photo_members, write_tar
 
 Write = Callable[..., Any]
 
@@ -172,6 +178,26 @@ def test_waiting_is_a_share_of_all_lanes_and_decoders(clock: list[float]) -> Non
     assert progress.workers == 2
     assert progress.device_wait == pytest.approx(6 / 20)
     assert progress.decode_wait == pytest.approx(2 / 40)
+
+
+@pytest.mark.parametrize("slow", ["storage", "decoding"])
+def test_waiting_for_storage_is_told_from_waiting_for_decoders(slow: str, tmp_path: Path) -> None:
+    sink = io.BytesIO()
+    with Image.open(io.BytesIO(jpeg(1, 2400, 2000))) as picture:
+        picture.save(sink, "PNG", compress_level=1)
+    large = [(f"{number:06d}.png", sink.getvalue()) for number in range(12)]
+    write_tar(tmp_path / "a.tar", large if slow == "decoding" else photo_members(0, 12))
+    with slow_server(tmp_path, bytes_per_second=20_000) as url:
+        values = {
+            "shards": [f"{url}/a.tar" if slow == "storage" else str(tmp_path / "a.tar")],
+            "out": str(tmp_path / "out"),
+            "tokenizer": "stub",
+            "preprocess": {"size": 64},
+            "run": {"cpus_per_worker": 1},
+        }
+        progress = start_job(parse_spec(values, source="test"), runner="in-process").progress
+    assert progress.device_wait > 0.5
+    assert (progress.read_wait > 0.5) == (slow == "storage"), progress
 
 
 def test_status_works_on_an_object_store(object_store: Any, write_dataset: Write) -> None:

@@ -1,4 +1,4 @@
-"""Nodes that join and nodes that die while a job runs on several of them, raylets of their own on this machine."""
+"""Jobs on several nodes, raylets of their own on this machine: where actors go, nodes that join, nodes that die."""
 
 from __future__ import annotations
 
@@ -11,14 +11,9 @@ import pytest
 
 from pipeline.dataset_files import read_ledger
 from pipeline.storage import open_storage
-from tests.running_jobs import STUB, RunningJob, StartJob, wait_until
-from tests.tiny_corpus import BSQ, REPOSITORY, bsq_environment, dataset_files
-
-QUICK_CHECKS = {
-    "health_check_initial_delay_ms": 500,
-    "health_check_period_ms": 500,
-    "health_check_failure_threshold": 4,
-}
+from tests.jobs.ray_cluster import ray_nodes, raylet
+from tests.running_jobs import STUB, RunningJob, StartJob, descendants, wait_until
+from tests.tiny_corpus import BSQ, REPOSITORY, RunBsq, bsq_environment, dataset_files
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +40,8 @@ def markers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def cluster(markers: Path) -> Iterator[Any]:
     """A head that has no CPU for workers."""
-    from ray.cluster_utils import Cluster
-
-    head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": QUICK_CHECKS})
-    try:
+    with ray_nodes() as cluster:
         yield cluster
-    finally:
-        cluster.shutdown()
 
 
 @pytest.mark.long
@@ -81,3 +70,29 @@ def test_a_node_that_joins_gets_work_and_one_that_dies_costs_no_attempt(
     assert all("node has died" in attempt.message for attempt in lost)
     assert {commit.worker for commit in ledger.commits.values()} == {"cpu1"}
     assert all(ledger.commits[attempt.shard, 0].attempt == 2 for attempt in lost)
+
+
+@pytest.mark.long
+def test_actors_have_a_gpu_each_and_more_than_there_are_is_refused_in_one_line(
+    cluster: Any, markers: Path, small_shards: list[Path], tmp_path: Path, bsq: RunBsq, start: StartJob
+) -> None:
+    out = tmp_path / "out"
+    # Ray takes our word for the GPUs, and the stub needs none.  By their CPUs alone both actors would fit one node.
+    nodes = [cluster.add_node(num_cpus=2, num_gpus=1, object_store_memory=80 << 20) for _ in range(2)]
+    command = ["tokenize", *small_shards, "--out", out, *STUB, "--ray-address", cluster.address]
+    for options, said in {
+        ("--workers", 3): "3 workers were asked for, but there are 2 GPUs. Ask for 2 or fewer.",
+        ("--cpus-per-worker", 3): "2 workers of 1 GPU and 3 CPU each were asked for, but there is room for 0",
+    }.items():
+        refused = bsq(*command, *options)
+        assert refused.returncode == 2, refused.stderr
+        (line,) = refused.stderr.strip().splitlines()
+        assert said in line
+        assert not out.exists(), "nothing was written"
+    job: RunningJob = start(*command, "--cpus-per-worker", 1)
+    job.markers = markers
+    actors = set(job.wait_until_standing(2))
+    assert [len(actors & descendants(raylet(node))) for node in nodes] == [1, 1]
+    assert job.end() == 0, job.said
+    commits = read_ledger(open_storage(str(out)), 0).commits.values()
+    assert len(commits) == len(small_shards) and {commit.worker for commit in commits} == {"gpu0", "gpu1"}

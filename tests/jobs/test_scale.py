@@ -63,4 +63,6 @@ def test_a_job_that_was_interrupted_gives_the_manifest_of_one_that_was_not(
     assert resumed.table.select(columns).equals(whole.table.select(columns))
     assert resumed.table["first_row"].to_pylist() == list(range(0, scale.IMAGES * len(expected), scale.IMAGES))
     assert resumed.summary.failed_shards == num_failed
+    loaded = scale.run_phase("load", str(folder / "out"), NUM_SHARDS)
+    assert loaded["samples"] == scale.IMAGES * len(expected) and loaded["windows"] > len(expected) / 4
     assert not (folder / "out" / "lease.json").exists()

@@ -3,6 +3,7 @@
 import pickle
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -154,6 +155,33 @@ def test_filters_leave_what_passes_and_nothing_else(clips, tmp_path, filters, pa
     assert len(list(tmp_path.rglob("*.bits"))) == 1
 
 
+@pytest.mark.parametrize(
+    "filters", [[("frames", ">=", 9)], [("frames", "<", 9)], [("caption", "present")], [("label", "==", 8)]]
+)
+def test_a_filter_that_statistics_decide_reads_no_column(tmp_path, filters):
+    """The columns are made unreadable, and are not missed; a filter that needs them says so."""
+    writer = TokenDatasetWriter(
+        url=str(tmp_path),
+        clips_of_file=[40, 30, 35],
+        frames=lambda file, clip: 1 + clip % 4,
+        label=lambda file, clip: clip % 7,
+        row_group_rows=16,
+    ).write()
+    expected = len(TokenDataset(tmp_path, filters=filters))
+    assert expected in (0, 105)
+    for commit in writer.commits:
+        path = tmp_path / commit.file
+        data, metadata = bytearray(path.read_bytes()), pq.ParquetFile(path).metadata
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        for chunk in (group.column(number) for group in groups for number in range(group.num_columns)):
+            start = chunk.dictionary_page_offset or chunk.data_page_offset
+            data[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+        path.write_bytes(data)
+    assert len(TokenDataset(tmp_path, filters=filters)) == expected
+    with pytest.raises(BsqError, match="gone or altered"):
+        TokenDataset(tmp_path, filters=[("frames", ">=", 2)])
+
+
 def test_a_kept_filter_that_was_damaged_is_made_again(clips, tmp_path):
     def open_dataset():
         return TokenDataset(clips.url, filters=[("frames", "==", 1)], cache_dir=tmp_path)
@@ -252,6 +280,14 @@ class TestRefused:
         written.write()
         self.refused(written, r"generation 3 is not finished, or was never begun", generation=3)
         assert TokenDataset(written.url, generation=0).info.generation == 0
+
+    def test_a_manifest_of_another_dataset(self, written, tmp_path):
+        written.write()
+        other = TokenDatasetWriter(url=str(tmp_path / "other"), clips_of_file=[30, 30], row_group_rows=16, size=64)
+        other.write()
+        for name in ("manifest/0000.json", "manifest/0000.parquet"):
+            (tmp_path / "d" / name).write_bytes((tmp_path / "other" / name).read_bytes())
+        self.refused(written, r"its manifest has fingerprint \w{8} and its job\.json \w{8}; .* mixed\. Restore it")
 
     def test_a_file_of_another_dataset(self, written, tmp_path):
         written.write()

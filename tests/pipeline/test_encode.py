@@ -5,10 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from pipeline.encode import BatchLimits, CpuEncoder
+from pipeline.encode import BatchLimits, CpuEncoder, CudaEncoder
 from tests.tiny_corpus import bsq_environment
 from tokenizer import from_pretrained
 from tokenizer.bsqvit import BSQViT, PackedTokens
@@ -114,3 +115,24 @@ def test_a_real_limit_of_memory_is_met_with_smaller_batches() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("{1: ") and int(done.stdout.split()[1].rstrip("}\n")) < 2048
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_without_room_gets_smaller_batches(model: BSQViT) -> None:
+    device = torch.device("cuda", 0)
+    encoder = CudaEncoder(model, device)
+    batch = frames(8192)
+    expected = np.concatenate([encoder.submit(part, len(part)).wait().packed for part in batch.split(64)])
+    torch.cuda.empty_cache()
+    room = torch.cuda.memory_reserved(device) + (64 << 20)
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(device).total_memory, device)
+    try:
+        packed = encoder.submit(batch, len(batch)).wait().packed
+        most = encoder._limits._most[1]
+        again = encoder.submit(batch, len(batch)).wait().packed
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    assert most < len(batch) and encoder._limits._most[1] == most, "remembered"
+    assert (packed == again).all()
+    # Batches of another shape may flip bits whose latents lie near zero.
+    assert np.unpackbits(packed ^ expected).mean() < 0.01

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -68,6 +69,33 @@ GOLDEN_OF_EPOCH_1 = [
     [113, 140, 141, 182, 184, 176, 146],
     [156, 132, 180, 181, 173, 159, 155],
 ]
+
+
+def test_the_order_of_a_mixture_and_of_packs_is_frozen(images, clips):
+    """Of images and of clips with captions: source, sample and view; where sequences end in packs of 60 ids."""
+    captioned = TokenDataset(clips.url, ["view"], filters=[("caption", "present")])
+    mixture = Mixture({"images": (TokenDataset(images.url, ["view"]), 0.7), "clips": (captioned, 0.3)}, stop="all")
+    batches = list(islice(TokenLoader(mixture, 25, seed=5, window=48, tail="carry"), 14))
+    for number, golden in GOLDEN_OF_A_MIXTURE.items():
+        rows = zip(*(batches[number][name].tolist() for name in ("source", "sample", "view")), strict=True)
+        assert list(rows)[:8] == golden
+    packing = {"format": SequenceFormat(bos=1, id_offset=10), "pack": Pack(seq_len=60, lanes=3)}
+    packs = list(islice(TokenLoader(mixture, 1, seed=5, window=48, **packing), 60))
+    for number, golden in GOLDEN_PACKS.items():
+        assert packs[number]["cu_seqlens"].tolist() == golden
+    assert packs[59]["state"]["packing"] == {"oldest": 118, "lanes": "BAAAAAQAAAAA", "turn": 0}
+
+
+GOLDEN_OF_A_MIXTURE = {
+    0: [(0, 198, 0), (1, 21, 1), (0, 176, 0), (0, 89, 0), (0, 97, 0), (1, 8, 1), (0, 87, 0), (0, 199, 0)],
+    13: [(1, 78, 0), (0, 195, 0), (0, 103, 0), (1, 83, 0), (0, 186, 0), (0, 152, 0), (1, 82, 0), (0, 111, 0)],
+}
+GOLDEN_PACKS = {
+    0: [0, 7, 14, 21, 28, 35, 60],
+    1: [0, 25, 32, 39, 46, 53, 60],
+    3: [0, 13, 32, 39, 46, 53, 60],
+    59: [0, 25, 32, 39, 46, 53, 60],
+}
 
 
 def test_the_order_depends_on_seed_epoch_and_window_only(images):
@@ -252,6 +280,20 @@ def test_packed_rows_of_a_mixture_unpack_with_any_of_its_datasets(images, clips)
     packed, index = first_batch(view="packed")["packed"], first_batch()["index"]
     for url in (images.url, clips.url):
         assert torch.equal(TokenDataset(url).unpack(packed), index)
+
+
+def test_pinned_batches_hold_the_same_and_unpack_on_the_device(clips):
+    """Page-locked where there is a GPU; anywhere else the option changes nothing."""
+    has_gpu = torch.cuda.is_available()
+    pinned = TokenLoader(TokenDataset(clips.url, view="packed"), 16, window=64, pin_memory=True)
+    plain = TokenLoader(TokenDataset(clips.url), 16, window=64)
+    for batch, other in zip(pinned, plain, strict=True):
+        assert all(values.is_pinned() == has_gpu for values in batch.values() if isinstance(values, torch.Tensor))
+        assert torch.equal(batch["sample"], other["sample"])
+        packed = batch["packed"].to("cuda" if has_gpu else "cpu", non_blocking=True)
+        assert torch.equal(pinned.datasets[0].unpack(packed).cpu(), other["index"])
+    workers = torch.utils.data.DataLoader(pinned, batch_size=None, num_workers=1, multiprocessing_context="fork")
+    assert [batch["sample"].tolist() for batch in workers] == samples(plain)
 
 
 def test_sequences_do_not_depend_on_how_tokens_are_shown(clips):

@@ -59,15 +59,21 @@ def test_random_access_reads_single_rows(object_store):
         assert (sample["index"].numpy() == writer.indices(writer.rows[number])).all()
 
 
-@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
-def test_workers_of_a_dataloader_read_an_object_store(remote, method):
-    dataset = open_remote(remote, columns=["key"])
+@pytest.mark.parametrize(
+    ("method", "cached_files"), [("fork", 0), ("fork", 2), pytest.param("spawn", 2, marks=pytest.mark.long)]
+)
+def test_workers_of_a_dataloader_read_an_object_store(remote, tmp_path, method, cached_files):
+    """Also when they and their parent share a cache that has no room for all files."""
+    options = {"cache_dir": tmp_path, "cache_bytes": cached_files * max(commit.bytes for commit in remote.commits)}
+    dataset = open_remote(remote, columns=["key"], **options if cached_files else {})
     dataset[0]  # a connection that the workers must not use
     loader = TokenLoader(dataset, 8, window=24)
     expected = rows_of(loader)
     loader.set_epoch(0)
     found = torch.utils.data.DataLoader(loader, batch_size=None, num_workers=2, multiprocessing_context=method)
     assert rows_of(found) == expected
+    cache = FileCache(tmp_path, options["cache_bytes"] or 1)
+    assert bool(cached_files) == bool(cache.num_bytes()) and cache.num_bytes() <= options["cache_bytes"]
 
 
 def test_a_file_that_is_gone_or_altered_in_the_store(remote, tmp_path):
@@ -81,6 +87,8 @@ def test_a_file_that_is_gone_or_altered_in_the_store(remote, tmp_path):
         remote.storage.publish(name, changed)
         with pytest.raises(BsqError, match=rf"0000001-.*gone or altered: {message}"):
             list(TokenLoader(open_remote(remote), 8, window=24))
+        with pytest.raises(BsqError, match=r"0000001-.*gone or altered: "):
+            list(TokenLoader(open_remote(remote, check="sha256"), 8, window=24))
         if len(changed) <= len(data):  # a cache takes as many bytes as are recorded, and these are right
             with pytest.raises(BsqError, match=r"0000001-.*gone or altered: its SHA-256 .* fetched twice"):
                 list(TokenLoader(open_remote(remote, cache_dir=tmp_path), 8, window=24))
@@ -166,6 +174,31 @@ class TestCache:
         with self.fetch(cache, store, 0) as file:
             assert file.read() == b"\0" * 1000
         assert not part.exists() and not dead.exists() and cache.num_bytes() <= 2500
+
+    def test_a_process_that_is_killed_while_it_fetches_hinders_nobody(self, store, tmp_path):
+        """It stands still in the middle: what it reads is a pipe that nobody writes to."""
+        source = store.local_path("file-0")
+        data = source.read_bytes()
+        source.unlink()
+        os.mkfifo(source)
+        cache = FileCache(tmp_path / "cache", 1500)
+        fetching = multiprocessing.get_context("fork").Process(target=self.fetch, args=(cache, store, 0))
+        fetching.start()
+        part = tmp_path / "cache" / FOLDER / (self.files["file-0"] + ".part")
+        deadline = time.monotonic() + 60
+        while not (part.exists() and part.stat().st_size == 1000):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert self.fetch(FileCache(tmp_path / "cache", 1500, patience_seconds=0.1), store, 1) is None
+        fetching.kill()
+        fetching.join()
+        assert part.stat().st_size == 1000
+        source.unlink()
+        source.write_bytes(data)
+        for number in (1, 0):
+            with self.fetch(cache, store, number) as file:
+                assert file.read() == bytes([number]) * 1000
+            assert self.names(tmp_path / "cache") == {self.files[f"file-{number}"]}
 
     def test_a_part_that_another_process_keeps_is_not_waited_for_without_end(self, store, tmp_path):
         cache = FileCache(tmp_path / "cache", 5000, patience_seconds=0.1)

@@ -16,6 +16,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from pipeline import Mixture, Pack, SequenceFormat, TokenDataset, TokenLoader
 from schemas.errors import BsqError
+from tests.batches import content, global_batches
 from tests.tiny_corpus import REPOSITORY
 from tests.token_datasets import TokenDatasetWriter
 
@@ -34,7 +35,7 @@ def url(tmp_path_factory):
             url=str(folder),
             clips_of_file=[40, 45, 25],
             frames=lambda file, clip: 1 + (file + clip) % 3,
-            row_group_rows=16,
+            row_group_rows=8,
         )
         .write()
         .url
@@ -42,15 +43,16 @@ def url(tmp_path_factory):
 
 
 def make(url, **options):
-    return TokenLoader(TokenDataset(url), 12, **{"window": 32, "tail": "carry", "prefetch": 1} | options)
+    return TokenLoader(TokenDataset(url), 12, **{"window": 20, "tail": "carry", "prefetch": 1} | options)
 
 
-def make_packed(url, **options):
-    mixture = Mixture({"all": (TokenDataset(url), 2), "long": (TokenDataset(url, filters=[("frames", ">", 1)]), 1)})
+def make_packed(url, cache_dir=None, **options):
+    long = TokenDataset(url, filters=[("frames", ">", 1)], cache_dir=cache_dir)
+    mixture = Mixture({"all": (TokenDataset(url), 2), "long": (long, 1)})
     return TokenLoader(
         mixture,
         6,
-        window=32,
+        window=20,
         format=SequenceFormat(bos=0, eof=1, id_offset=10),
         pack=Pack(seq_len=40, lanes=4),
         repeat=True,
@@ -58,18 +60,11 @@ def make_packed(url, **options):
     )
 
 
-def content(batch):
-    return {
-        name: (values.tolist(), values.dtype) if isinstance(values, torch.Tensor) else values
-        for name, values in batch.items()
-        if name != "state"
-    }
-
-
 @pytest.fixture(scope="module")
 def unbroken(url):
-    """Three epochs."""
+    """Three epochs of six windows."""
     loader = make(url)
+    assert loader.datasets[0].plan_epoch(0, 0, shuffle=True, window_rows=20).num_windows == 6
     return [[content(batch) for batch in loader] for _ in range(3)]
 
 
@@ -94,18 +89,21 @@ def test_set_epoch_reaches_the_workers(url, unbroken, persistent):
 
 @pytest.mark.parametrize("make_one", [make, make_packed])
 def test_every_batch_carries_the_state_behind_it(url, make_one):
-    """Stopped and gone on with another number of workers, six times."""
-    whole = [content(batch) for batch in islice(make_one(url, repeat=True) if make_one is make else make_one(url), 25)]
+    """Stopped and gone on with other numbers of workers and ranks, six times."""
     options = {"repeat": True} if make_one is make else {}
+    whole = [content(batch) for batch in islice(make_one(url, **options), 25)]
     found, state = [], None
-    for steps, num_workers in ((3, 2), (1, 3), (6, 0), (9, 1), (2, 2), (4, 3)):
-        loader = make_one(url, **options)
-        if state:
-            loader.load_state_dict(json.loads(json.dumps(state)))
-        for batch in islice(DataLoader(loader, batch_size=None, num_workers=num_workers), steps):
-            found.append(content(batch))
-            state = batch["state"]
-    assert found == whole
+    for steps, num_workers, world_size in ((3, 2, 1), (1, 3, 2), (6, 0, 3), (9, 1, 1), (2, 2, 2), (4, 3, 1)):
+        shares = []
+        for rank in range(world_size):
+            loader = make_one(url, rank=rank, world_size=world_size, **options)
+            if state:
+                loader.load_state_dict(json.loads(json.dumps(state)))
+            dataloader = DataLoader(loader, batch_size=None, num_workers=num_workers)
+            shares.append([content(batch) for batch in islice(dataloader, steps)])
+        found += global_batches(shares)
+        state = shares[-1][-1]["state"]
+    assert found == global_batches([whole])
 
 
 def test_the_main_process_does_not_guess_how_far_workers_are(url):
@@ -164,15 +162,21 @@ def test_a_stateful_dataloader_saved_between_epochs(url, unbroken, num_workers):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_stateful_dataloader_of_packs(url, num_workers):
-    whole = [content(batch) for batch in islice(make_packed(url), 12)]
+    """What rank 0 saved goes on with other numbers of ranks."""
+    whole = [content(batch) for batch in islice(make_packed(url), 19)]
     found, state = [], None
-    for steps in (5, 1, 6):
-        dataloader = StatefulDataLoader(make_packed(url), batch_size=None, num_workers=num_workers)
-        if state is not None:
-            dataloader.load_state_dict(state)
-        found += [content(batch) for batch in islice(dataloader, steps)]
-        state = dataloader.state_dict()
-    assert found == whole
+    for steps, world_size in ((5, 1), (1, 2), (7, 3), (6, 1)):
+        shares, states = [], []
+        for rank in range(world_size):
+            loader = make_packed(url, rank=rank, world_size=world_size)
+            dataloader = StatefulDataLoader(loader, batch_size=None, num_workers=num_workers)
+            if state is not None:
+                dataloader.load_state_dict(state)
+            shares.append([content(batch) for batch in islice(dataloader, steps)])
+            states.append(dataloader.state_dict())
+        found += global_batches(shares)
+        state = states[0]
+    assert found == global_batches([whole])
 
 
 def test_packs_run_on_into_the_next_epoch_of_a_dataloader(url):
@@ -208,15 +212,16 @@ def test_a_dataloader_that_spawns(url, unbroken):
 
 TRAINER = """
 import json, os, sys
-from pipeline import TokenDataset, TokenLoader
+from tests.batches import content
+from tests.pipeline.test_loader_workers import make_packed
 from torch.utils.data import DataLoader
 url, cache, state_path, log_path, num_workers = sys.argv[1:]
-loader = TokenLoader(TokenDataset(url, filters=[("frames", "<", 3)], cache_dir=cache), 6, window=32, repeat=True)
+loader = make_packed(url, cache_dir=cache)
 if os.path.exists(state_path):
     loader.load_state_dict(json.load(open(state_path)))
 with open(log_path, "a") as log:
     for batch in DataLoader(loader, batch_size=None, num_workers=int(num_workers)):
-        log.write(json.dumps(batch["sample"].tolist()) + "\\n")
+        log.write(json.dumps(content(batch), default=str) + "\\n")
         log.flush()
         with open(state_path + ".new", "w") as file:
             json.dump(batch["state"], file)
@@ -227,8 +232,8 @@ with open(log_path, "a") as log:
 
 @pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_a_killed_trainer_leaves_nothing_that_hinders_the_next(url, tmp_path, num_workers):
-    """Killed twice after some batches, its workers with it; what was seen is the unbroken run, a batch that was
-    logged but not yet in the state may come twice."""
+    """Killed twice after some batches, its workers with it, then gone on with by two ranks.  What was seen is the
+    unbroken run; a batch that was logged but not yet in the state may come twice."""
     before = set(Path("/dev/shm").iterdir())
     log = tmp_path / "log"
     arguments = [url, tmp_path / "cache", tmp_path / "state", log, num_workers]
@@ -249,8 +254,16 @@ def test_a_killed_trainer_leaves_nothing_that_hinders_the_next(url, tmp_path, nu
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     found = [line for number, line in enumerate(lines) if not number or line != lines[number - 1]]
     assert len(found) >= 7
-    loader = TokenLoader(TokenDataset(url, filters=[("frames", "<", 3)]), 6, window=32, repeat=True)
-    assert found == [batch["sample"].tolist() for batch in islice(loader, len(found))]
+    unbroken = [content(batch) for batch in islice(make_packed(url), len(found) + 12)]
+    assert found == json.loads(json.dumps(unbroken[: len(found)], default=str))
+    state = json.loads((tmp_path / "state").read_text())
+    [behind] = [number for number, batch in enumerate(unbroken) if batch["state"] == state]
+    shares = []
+    for rank in range(2):
+        loader = make_packed(url, cache_dir=tmp_path / "cache", rank=rank, world_size=2)
+        loader.load_state_dict(state)
+        shares.append([content(batch) for batch in islice(loader, 11)])
+    assert global_batches(shares) == global_batches([unbroken[behind + 1 : behind + 12]])
     # torch names a segment for the instant in which a worker hands it over: a kill may hit that, once for each worker.
     assert len(set(Path("/dev/shm").iterdir()) - before) <= 2 * num_workers
 

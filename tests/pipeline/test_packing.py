@@ -169,7 +169,7 @@ def test_a_damaged_state_is_refused(state):
         read_cursors(state)
 
 
-@pytest.mark.parametrize("settings", [{"seq_len": 0}, {"seq_len": 8, "lanes": 65}, {"seq_len": 8, "look_ahead": MAX_LOOK_AHEAD + 1}])
+@pytest.mark.parametrize("settings", [{"seq_len": 0}, {"lanes": MAX_LANES + 1}, {"look_ahead": MAX_LOOK_AHEAD + 1}])
 def test_settings_beyond_their_limits_are_refused(settings):
     with pytest.raises(SpecError, match="it must be from"):
-        Pack(**settings)
+        Pack(**{"seq_len": 8} | settings)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.token_files import TokenFile
-from pipeline.token_pages import NotPlain, check_prefixes, parse_page_header, row_starts
+from pipeline.token_pages import NotPlain, check_prefixes, find_pages, parse_page_header, row_starts
 from schemas.errors import BsqError
 from schemas.tokenfile import TokenFooter, token_schema
 from tests.token_datasets import TokenDatasetWriter
@@ -245,6 +245,51 @@ def test_a_changed_footer_is_refused_or_read_as_pyarrow_reads_it(changes):
 def test_a_codec_that_parquet_does_not_have_is_refused(change):
     """pyarrow would end the process."""
     assert compare(mutated([change])) <= {"refused", "equal"}
+
+
+RAGGED = written(table_of(SIZES), data_page_size=100, write_batch_size=16)
+RAGGED_ROWS = [rows_by_pyarrow(RAGGED, unit) for unit in range(3)]
+
+
+def ragged_headers():
+    """The bytes of all page headers of the first two row groups, with the first lengths behind them."""
+    for place in opened(RAGGED)._places[:2]:
+        header = place.offset
+        for first, num_bytes, _ in find_pages(np.frombuffer(RAGGED, np.uint8)[place.offset :][: place.num_bytes], 64):
+            yield from range(header, place.offset + first + 4)
+            header = place.offset + first + num_bytes
+
+
+RAGGED_CHANGES = st.lists(st.tuples(st.sampled_from(list(ragged_headers())), OCTETS), min_size=1, max_size=4)
+
+
+def compare_ragged(changes):
+    data = bytearray(RAGGED)
+    for place, value in changes:
+        data[place] = value
+    file = opened(data)
+    for unit, true_rows in enumerate(RAGGED_ROWS):
+        expected = rows_by_pyarrow(data, unit) or true_rows
+        sizes = np.array([len(row) for row in true_rows])
+        try:
+            chunk, starts = file.read_ragged(unit, sizes)
+        except BsqError:
+            continue
+        found = [chunk[start : start + size].tobytes() for start, size in zip(starts, sizes, strict=True)]
+        assert found == expected
+
+
+@FUZZ
+@given(RAGGED_CHANGES)
+def test_changed_headers_of_several_pages_are_refused_or_read_as_pyarrow_reads_them(changes):
+    compare_ragged(changes)
+
+
+@pytest.mark.long
+@LONG_FUZZ
+@given(RAGGED_CHANGES)
+def test_many_changed_headers_of_several_pages(changes):
+    compare_ragged(changes)
 
 
 @pytest.mark.long

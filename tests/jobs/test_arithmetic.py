@@ -1,0 +1,54 @@
+"""A dataset that is to be made in one arithmetic is."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs.arithmetic import OneArithmetic, describe_arithmetic
+from schemas.errors import ArithmeticDiffers
+from tests.tiny_corpus import RunBsq, dataset_files
+
+TINY = ["--tokenizer", "untrained:vit-tiny-32-l18", "--no-ray"]
+OTHER_KERNELS = {"ATEN_CPU_CAPABILITY": "default"}
+"""PyTorch's plainest kernels, which the arithmetic of a record tells from those for wide vectors."""
+
+
+def test_another_arithmetic_is_refused_where_one_is_asked_for_and_commits_nothing(
+    small_shards: list[Path], tmp_path: Path, bsq: RunBsq
+) -> None:
+    out = tmp_path / "out"
+    first, more = small_shards[:1], small_shards[1:2]
+    assert bsq("tokenize", *first, "--out", out, *TINY, "--strict-arithmetic").returncode == 0
+    append = ["tokenize", *more, "--out", out, *TINY, "--append"]
+    refused = bsq(*append, "--strict-arithmetic", env=OTHER_KERNELS)
+    assert refused.returncode == 4, refused.stderr
+    assert "another arithmetic" in refused.stderr and "DEFAULT" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (out / "manifest" / "0001.json").exists()
+    assert bsq(*append, "--strict-arithmetic").returncode == 0, "the same arithmetic as before"
+    assert bsq("verify", out).returncode == 0
+
+
+def test_a_mix_is_let_through_where_none_is_asked_for(small_shards: list[Path], tmp_path: Path, bsq: RunBsq) -> None:
+    out = tmp_path / "out"
+    assert bsq("tokenize", small_shards[0], "--out", out, *TINY, "--strict-arithmetic").returncode == 0
+    append = ["tokenize", small_shards[1], "--out", out, *TINY, "--append"]
+    assert bsq(*append, "--strict-arithmetic", env=OTHER_KERNELS).returncode == 4
+    assert bsq(*append, "--no-strict-arithmetic", env=OTHER_KERNELS).returncode == 0
+    assert bsq("verify", out).returncode == 0
+    assert len([name for name in dataset_files(out) if name.startswith("tokens/")]) == 2
+
+
+def test_the_first_shard_decides() -> None:
+    one, other = {"device": "H100", "dtype": "bfloat16"}, {"device": "H200", "dtype": "bfloat16"}
+    arithmetic = OneArithmetic({})
+    arithmetic.check("aa", one, worker="gpu0", dataset="out")
+    arithmetic.check("aa", one, worker="gpu1", dataset="out")
+    with pytest.raises(ArithmeticDiffers, match=r"gpu2.*H200, bfloat16.*H100, bfloat16"):
+        arithmetic.check("bb", other, worker="gpu2", dataset="out")
+
+
+def test_an_arithmetic_in_words() -> None:
+    value = {"device": "H100", "dtype": "bfloat16", "batches": [[256, 1], [16, 16]], "torch": "2.13", "cuda": "13.0"}
+    assert describe_arithmetic(value) == "H100, bfloat16, torch 2.13, cuda 13.0, batches of 256 x 1, 16 x 16"
+    assert describe_arithmetic({}) == "not recorded"
