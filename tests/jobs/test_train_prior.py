@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,15 @@ from schemas.errors import Interrupted, SpecError
 from schemas.trainspec import TokenDataSpec, read_token_train_spec
 from tests.token_datasets import TokenDatasetWriter
 from tokenizer.prior_checkpoint import build_prior, prior_config, read_prior
-from tokenizer.token_train import PriorTrainer, TokenBatch, bits_of_tokens, prior_train_config
+from tokenizer.token_train import (
+    PriorPart,
+    PriorTrainer,
+    TokenBatch,
+    TokenLearningPart,
+    bits_of_tokens,
+    prior_train_config,
+    starting_prior,
+)
 from tokenizer.train_state import find_states, load_state
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -118,8 +127,6 @@ def test_padding_of_a_batch_counts_nothing(datasets):
     batch = TokenBatches(spec, open_datasets(spec, None), batch=5, seed=0).next_batch()
     assert batch.mask is not None and batch.num_tokens == int(batch.mask.sum()) * 6
     config = prior_train_config({"model": {"width": 16, "layers": 1, "heads": 2, "head_width": 16}})
-    from tokenizer.token_train import starting_prior
-
     prior = starting_prior(config, token_kind(open_datasets(spec, None))).eval()
     whole = bits_of_tokens(prior, batch)
     for bits, mask, taken in zip(batch.bits, batch.mask, whole, strict=True):
@@ -162,3 +169,21 @@ def test_the_example_can_be_meant():
     spec = read_token_train_spec(REPOSITORY / "examples" / "train_prior.yaml")
     config = prior_train_config(spec.training())
     assert config.model.preset == "prior-small" and config.optimizer.method == "muon"
+
+
+def test_every_setting_is_in_the_documentation_with_its_default():
+    text = (REPOSITORY / "docs" / "compression.md").read_text()
+    for section, values in (("model", PriorPart()), ("data", TokenDataSpec(train={"a": "b"}))):
+        table = text.partition(f"\n### {section}\n")[2].partition("\n### ")[0]
+        names = TokenDataSpec.model_fields if section == "data" else [each.name for each in fields(PriorPart)]
+        for name in names:
+            shown = f"`{getattr(values, name)!r}`" if name not in ("train", "validation") else ""
+            assert f"| `{name}` | {shown}" in table, f"{section}.{name}"
+    learning = TokenLearningPart()
+    assert (learning.method, learning.steps, learning.learning_rate, learning.warmup_steps) == (
+        "muon",
+        20_000,
+        1e-3,
+        200,
+    )
+    assert (learning.batch, learning.weight_decay, learning.cosine_to) == (32, 0.05, 0.0)

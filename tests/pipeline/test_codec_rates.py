@@ -14,13 +14,15 @@ from pipeline.codec_rates import (
     clip_codecs,
     code_nearest,
     h264_payload_bytes,
+    h265_codecs,
+    h265_payload_bytes,
     jpeg2000_payload_bytes,
     jpeg_payload_bytes,
     picture_codecs,
     webp_payload_bytes,
 )
 
-CODECS = {codec.name: codec for codec in [*picture_codecs(), *clip_codecs()]}
+CODECS = {codec.name: codec for codec in [*picture_codecs(), *clip_codecs(), *h265_codecs()]}
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +161,19 @@ def test_small_pictures_can_be_coded(name, side, picture):
     small = np.ascontiguousarray(picture[:side, :side])
     (coded,) = code_nearest(CODECS[name], small[None], 36, ["payload"])
     assert coded.frames_THWC.shape == (1, side, side, 3)
+
+
+def test_the_payload_of_h265_is_its_slices():
+    """The unit type lies in bits 1 to 6 of its first byte: below 32 slices, 32 to 34 parameter sets, 39 a message."""
+    units = [bytes([kind << 1, 1]) + b"x" * kind for kind in (32, 33, 34, 39, 19, 1)]
+    start = b"\0\0\0\1"
+    assert h265_payload_bytes(start + start.join(units)) == len(units[4]) + len(units[5])
+
+
+def test_h265_keeps_frames_and_sizes_and_costs_about_what_it_is_asked_for():
+    frames = np.broadcast_to(np.arange(0, 240, 5, dtype=np.uint8)[:, None], (5, 48, 64))[..., None].repeat(3, -1)
+    codec = CODECS["x265"]
+    data = codec.encode(np.roll(frames, 3, 1), 30)
+    decoded = codec.decode(data)
+    assert decoded.shape == frames.shape and 0 < codec.payload_bytes(data) < len(data)
+    assert np.abs(decoded.astype(int) - np.roll(frames, 3, 1)).mean() < 12
