@@ -28,7 +28,7 @@ def compress(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            metavar="INPUT...", help="Pictures, clips, and datasets, whose rows are taken.", show_default=False
+            metavar="INPUT", help="Pictures, clips, and datasets, whose rows are taken.", show_default=False
         ),
     ],
     out: Out,
@@ -71,7 +71,7 @@ def compress(
 
 @app.command(rich_help_panel="Compress")
 def decompress(
-    files: Annotated[list[str], typer.Argument(metavar="FILE.BSQ...", help="Files to read.", show_default=False)],
+    files: Annotated[list[str], typer.Argument(metavar="FILE.BSQ", help="Files to read.", show_default=False)],
     out: Out,
     tokens: Annotated[
         bool, switch("--tokens", "Write indices of tokens as .npy. Left out: pictures as PNG, clips as MP4.")

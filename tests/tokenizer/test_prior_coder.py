@@ -85,7 +85,8 @@ def test_a_token_worked_out_by_hand():
         prior.head_logits.zero_()
         prior.head_bias.copy_(torch.tensor([[0.0, math.log(3)]] * 2))
     weights = frequencies(PriorSteps(prior, 1, 1).step(None))
-    assert weights.tolist() == [[4_194_303.0, 12_582_911.0]] or weights.sum() == (1 << FREQUENCY_BITS) - 2
+    # A quarter of 2^24 - 2 is 4,194,303.5; the symbol that is rounded up is the likelier one.
+    assert weights.tolist() == [[4_194_303.0, 12_582_911.0]]
     bits = np.array([[[[True, True]]]])
     # The interval is the upper nine sixteenths; the first word inside it begins with 0x70.
     stream, _ = code(PriorCoder(prior, lanes=1), [bits])
