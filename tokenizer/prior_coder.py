@@ -81,7 +81,7 @@ class PriorCoder:
         self.prior, self.lanes = prior.eval(), lanes
         self._constriction = _import_constriction()
         on_cpu = prior.place.device.type == "cpu"
-        self._threads = (threads or len(os.sched_getaffinity(0))) if on_cpu else 1
+        self._threads = (threads or _usable_cpus()) if on_cpu else 1
 
     def encode(self, blocks: Iterable[tuple[Block, Sequence[Sequence[Bits]]]]) -> Iterator[list[bytes]]:
         """The streams of each block, given the bits of the clips of each of its streams."""
@@ -201,6 +201,10 @@ def frequencies(logits_BK: Tensor) -> Weights:
     if not np.isfinite(weights).all():
         raise CheckpointError("the prior's probabilities are not finite; its weights are of no use.")
     return weights
+
+
+def _usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _import_constriction() -> Any:
