@@ -4,6 +4,7 @@ Shape letters: B rows, T frames, H W the grid, L bits, G groups, O bytes."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
@@ -79,7 +80,10 @@ def parse_view(view: Any, bits: int, group_size: int, grid: tuple[int, int]) -> 
     name: Any = view
     widths: tuple[int, ...] = ()
     if not isinstance(view, str) and isinstance(view, Sequence) and len(view) == 2 and view[0] == "groups":
-        name, widths = "groups", tuple(int(width) for width in view[1])
+        # What is no list of numbers is refused below, as it stands.
+        with contextlib.suppress(TypeError, ValueError):
+            widths = tuple(int(width) for width in view[1])
+            name = "groups"
     elif view == "groups":
         widths = (group_size,) * (bits // group_size)
     if name not in get_args(ViewName):

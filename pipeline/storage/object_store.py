@@ -214,11 +214,14 @@ class ObjectStore(Storage):
         def names() -> Names:
             self._fs.invalidate_cache()
             entries = self._fs.find(path, detail=True).values() if recursive else self._fs.ls(path, detail=True)
-            endings = {"file": "", "directory": "/"}
+            # An object whose name ends in a slash is a folder that somebody made with a console.
             names = [
-                entry["name"].rstrip("/") + endings[entry["type"]] for entry in entries if entry["type"] in endings
+                entry["name"].rstrip("/") + ("/" if entry["type"] == "directory" or entry["name"].endswith("/") else "")
+                for entry in entries
+                if entry["type"] in ("file", "directory")
             ]
-            return [name[len(prefix) :] for name in names if name.startswith(prefix)]
+            # Where nothing below it is listed, the folder itself is.
+            return [name[len(prefix) :] for name in names if name.startswith(prefix) and name != prefix]
 
         try:
             return list(self._request("list", folder, names))

@@ -205,6 +205,7 @@ def test_a_kept_filter_that_was_damaged_is_made_again(clips, tmp_path):
         ({"columns": "key"}, r"give a list, such as \['key'\]"),
         ({"view": "indices"}, r"choose from 'index', .* Did you mean 'index'\?"),
         ({"view": ("groups", (9, 8))}, r"these make 17 bits; the tokens have 18"),
+        ({"view": ("groups", 9)}, r"view=\('groups', 9\): choose from .* and \('groups', \(9, 9\)\)"),
         ({"check": "crc"}, r"choose 'size' or 'sha256'"),
     ],
 )

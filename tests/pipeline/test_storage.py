@@ -68,6 +68,16 @@ def test_what_is_published_is_read_listed_and_deleted(storage):
     assert storage.list("tokens") == ["a.bin"]
 
 
+def test_a_folder_that_a_store_lists_as_itself_holds_no_file(s3_options):
+    # As the consoles of object stores make folders.
+    storage = open_storage("s3://folders/out", s3_options)
+    storage._fs.mkdir("folders")
+    for name in ("out/tokens/", "out/tokens/0000/"):
+        storage._fs.call_s3("put_object", Bucket="folders", Key=name, Body=b"")
+        assert storage.list("tokens", recursive=True) == storage.list("tokens") == []
+    assert storage.entries() == ["tokens/"]
+
+
 def test_reading_what_is_not_there_is_file_not_found(storage):
     for read in (storage.read_bytes, storage.size, storage.modified):
         with pytest.raises(FileNotFoundError):
