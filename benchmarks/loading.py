@@ -150,16 +150,19 @@ def _run(code: str, *arguments: object) -> dict[str, float]:
     return result
 
 
-def measure_memory(folder: Path, num_rows: int, window: int = 8192) -> None:
+def measure_memory(folder: Path, num_rows: int) -> None:
     """Memory that an epoch takes beside imports, in fresh processes: by the window, whatever the rows."""
-    size = window * TokenRows(num_rows).num_tokens * 18 / 8 / 2**20
-    print(f"\nAn epoch in windows of {window:,} rows ({size:.0f} MB each, packed), in fresh processes:")
-    for count in (num_rows // 4, num_rows):
+    print("\nAn epoch, in fresh processes:")
+    for count in (num_rows // 2, num_rows):
+        rows = TokenRows(num_rows=count)
         out = folder / f"rows-{count}"
-        TokenRows(num_rows=count).write_dataset(out)
-        for rows in (window, 2 * window):
-            found = _run(_READ, out, rows)
-            print(f"  {found['rows']:>8,.0f} rows, window={rows:<6,}: peak {found['mb']:,.0f} MB beside imports")
+        rows.write_dataset(out)
+        for window in (num_rows // 16, num_rows // 8):
+            found = _run(_READ, out, window)
+            size = window * rows.num_tokens * rows.bits / 8e6
+            print(
+                f"  {count:>8,} rows, windows of {window:,} ({size:.0f} MB): peak {found['mb']:,.0f} MB beside imports"
+            )
 
 
 def measure_manifest(folder: Path, num_files: int) -> None:
