@@ -111,8 +111,7 @@ class RunSpec(_Section):
     max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of samples that may fail before the job ends with exit code 3."""
     strict_arithmetic: bool = False
-    """Stop when a worker computes on another device, in other batches or with other versions than made the tokens that
-    are there: bits of latents near zero may differ between them."""
+    """Refuse tokens of another device, batch or version than made the dataset's."""
 
 
 class JobSpec(_Section):

@@ -120,7 +120,7 @@ def tokenize(
     ] = None,
     strict_arithmetic: Annotated[
         bool | None,
-        option("--strict-arithmetic/--no-strict-arithmetic", "run.strict_arithmetic", RUNNING),
+        option("--strict-arithmetic/--no-strict-arithmetic", "run.strict_arithmetic", RUNNING, ""),
     ] = None,
     damaged_shards: Annotated[
         Literal["keep", "fail"] | None, option("--damaged-shards", "damaged_shards", RUNNING)
