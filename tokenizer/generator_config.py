@@ -60,22 +60,9 @@ class GeneratorConfig:
         require_bool("trained", self.trained)
         if not isinstance(self.preset, str) or not isinstance(self.tokenizer_sha256, str):
             raise SpecError("preset and tokenizer_sha256 are texts.")
-        self._check_classes()
+        check_classes(self.classes)
         # Checks the sizes.
         _ = self.transformer
-
-    def _check_classes(self) -> None:
-        if not isinstance(self.classes, tuple) or len(self.classes) > MAX_CLASSES:
-            raise SpecError(f"classes must be a list of at most {MAX_CLASSES:,} names.")
-        for name in self.classes:
-            if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME_CHARACTERS or not name.isprintable():
-                raise SpecError(
-                    f"classes has {str(name)[:40]!r}; a name is text of 1 to {MAX_NAME_CHARACTERS} letters that can be "
-                    "printed."
-                )
-        if len(set(self.classes)) < len(self.classes):
-            twice = next(name for name in self.classes if self.classes.count(name) > 1)
-            raise SpecError(f"classes names {twice!r} twice.")
 
     @property
     def transformer(self) -> TransformerConfig:
@@ -124,6 +111,21 @@ class GeneratorConfig:
             if isinstance(fields.get(name), list):
                 fields[name] = tuple(fields[name])
         return cls(**fields)
+
+
+def check_classes(classes: object) -> None:
+    """Raise SpecError unless `classes` is a tuple of names, all different."""
+    if not isinstance(classes, tuple) or len(classes) > MAX_CLASSES:
+        raise SpecError(f"classes must be a list of at most {MAX_CLASSES:,} names.")
+    for name in classes:
+        if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME_CHARACTERS or not name.isprintable():
+            raise SpecError(
+                f"classes has {str(name)[:40]!r}; a name is text of 1 to {MAX_NAME_CHARACTERS} letters that can be "
+                "printed."
+            )
+    if len(set(classes)) < len(classes):
+        twice = next(name for number, name in enumerate(classes) if name in classes[:number])
+        raise SpecError(f"classes names {twice!r} twice.")
 
 
 PRESETS: dict[str, GeneratorConfig] = {

@@ -19,7 +19,7 @@ from schemas.errors import SpecError
 from tokenizer.codes import bits_to_groups
 from tokenizer.generator import MaskedTokenModel
 from tokenizer.generator_checkpoint import build_generator, read_generator, save_generator
-from tokenizer.generator_config import generator_preset
+from tokenizer.generator_config import check_classes, generator_preset
 from tokenizer.token_train import TokenBatch, TokenKind, TokenLearner, TokenTrainConfig, TokenTrainer
 from tokenizer.train_config import build_settings
 from tokenizer.train_log import Observer
@@ -55,6 +55,7 @@ class GeneratorTrainConfig(TokenTrainConfig):
 
     def __post_init__(self) -> None:
         TokenTrainConfig.__post_init__(self)
+        check_classes(self.classes)
         if not 0 <= self.model.label_drop <= 1:
             raise SpecError(f"model.label_drop is {self.model.label_drop}; it is a share from 0 to 1.")
 
