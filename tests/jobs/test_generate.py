@@ -76,3 +76,10 @@ def test_what_cannot_be_drawn_is_one_line_and_nothing_is_written(weights, tmp_pa
         generate(options(weights), tmp_path / "grid.jpg")
     assert run(["generate", "--weights", str(weights), "--out", str(tmp_path / "grid.png"), "--box", "1,2"]) == 2
     assert not (tmp_path / "grid.png").exists()
+
+
+def test_inspect_says_what_the_weights_are(weights, capsys):
+    assert run(["inspect", str(weights)]) == 0
+    text = capsys.readouterr().out
+    assert "generator of tokens (custom), weights" in text and "dress, hat, shoes" in text
+    assert "18 bits in groups of 9, 4 x 4 tokens for each picture" in text
