@@ -25,7 +25,7 @@ from tokenizer.checkpoint import build_model, read_checkpoint
 from tokenizer.generator import MaskedTokenModel
 from tokenizer.generator_checkpoint import build_generator, generator_config, read_generator
 from tokenizer.generator_config import GeneratorConfig
-from tokenizer.unmasking import ON_GPU_AT_ONCE, KeptTokens, SamplingOptions, sample_tokens
+from tokenizer.unmasking import KeptTokens, SamplingOptions, sample_tokens, samples_at_once
 
 MAX_PICTURES = 1024
 MAX_COLUMNS = 8
@@ -162,7 +162,7 @@ def _draw(
     around: KeptTokens | None,
     stream: TextIO | None,
 ) -> list[Frame]:
-    at_once = 1 if options.device == "cpu" else ON_GPU_AT_ONCE
+    at_once = samples_at_once(model.masked.device)
     pictures: list[Frame] = []
     with ShareBar(stream) as bar:
         for first in range(0, len(labels), at_once):

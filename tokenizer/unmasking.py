@@ -82,11 +82,13 @@ def sample_tokens(
     *,
     first: int = 0,
     around: KeptTokens | None = None,
+    at_once: int | None = None,
 ) -> Tensor:
     """Draw the tokens of one picture for each label, bool [B, h, w, L], on the model's device.
 
-    A function of its arguments alone: sample i is drawn from `seed` and the number `first + i`, and on a CPU it does
-    not depend on the others.  `labels` are those of the config, `no_label` among them.  Raises SpecError."""
+    A function of its arguments alone: sample i is drawn from `seed` and the number `first + i`.  `labels` are those of
+    the config, `no_label` among them.  `at_once`: samples that are computed together; None: 64 on a GPU, and on a CPU
+    one, so that it does not depend on the others to the last bit.  Raises SpecError."""
     options = options or SamplingOptions()
     require_int("seed", seed, 0, 2**63 - 1)
     for label in labels:
@@ -94,9 +96,7 @@ def sample_tokens(
     if around is not None:
         require_bool_shape("bits", around.bits, (*model.config.grid, model.config.bits_per_token))
         require_bool_shape("kept tokens", around.kept, model.config.grid)
-    assert not model.training, "dropout and other training behaviour would not be a function of the seed"
-    # One by one on a CPU, for sums of products may end in another digit in a batch of another size.
-    at_once = 1 if model.masked.device.type == "cpu" else ON_GPU_AT_ONCE
+    at_once = at_once or samples_at_once(model.masked.device)
     numbers = range(len(labels))
     drawn = [
         _sample(model, labels[start : start + at_once], seed, first + start, options, around)
@@ -104,6 +104,12 @@ def sample_tokens(
     ]
     empty = (0, *model.config.grid, model.config.bits_per_token)
     return torch.cat(drawn) if drawn else torch.zeros(empty, dtype=torch.bool, device=model.masked.device)
+
+
+def samples_at_once(device: torch.device) -> int:
+    """Samples that are computed together."""
+    # On a CPU one by one, for sums of products may end in another digit in a batch of another size.
+    return 1 if device.type == "cpu" else ON_GPU_AT_ONCE
 
 
 @torch.no_grad()

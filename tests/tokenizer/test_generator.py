@@ -99,6 +99,17 @@ def test_a_batch_is_its_samples_one_by_one():
     assert sample_tokens(model, [], 3).shape == (0, *whole.shape[1:])
 
 
+def test_samples_that_are_computed_together_are_the_same_but_for_rounding():
+    """In fp64, where the last digit decides nothing: what a GPU does with a batch."""
+    model = tiny_generator(classes=CLASSES, layers=2).double()
+    labels = [2, 0, 1, 3, 2]
+    alone = sample_tokens(model, labels, 3, OPTIONS)
+    kept = KeptTokens(alone[0], torch.tensor([[True, False, True], [False, False, True]]))
+    assert torch.equal(sample_tokens(model, labels, 3, OPTIONS, at_once=3), alone)
+    around = sample_tokens(model, labels, 4, OPTIONS, around=kept)
+    assert torch.equal(sample_tokens(model, labels, 4, OPTIONS, around=kept, at_once=5), around)
+
+
 @settings(max_examples=15)
 @given(st.data(), st.integers(1, 40), st.sampled_from(["constant", "linear", "cosine"]))
 def test_what_is_kept_is_kept_and_the_rest_is_drawn(data, steps, schedule):
