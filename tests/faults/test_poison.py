@@ -39,6 +39,7 @@ def ledger(out: Path) -> LedgerState:
     return read_ledger(open_storage(str(out)), 0)
 
 
+@pytest.mark.long
 def test_samples_that_abort_their_process_become_failures_and_all_others_are_tokenized(
     poisoned: list[Path], tmp_path: Path, bsq: RunBsq
 ) -> None:
