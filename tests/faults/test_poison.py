@@ -80,7 +80,7 @@ def test_decoding_in_children_from_the_start_gives_the_same_files_without_losing
     assert ledger(tmp_path / "threads").failed_attempts != {}
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_suspicion_outlives_a_driver_that_is_killed(
     poisoned: list[Path], tmp_path: Path, bsq: RunBsq, start: StartJob
 ) -> None:
