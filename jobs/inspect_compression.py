@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from jobs.display import describe_bytes
 from pipeline.storage import Storage
 from schemas.bsqfile import ARITHMETICS, MAX_FILE_BYTES, BsqFile, CodedItem, parse_bsq
@@ -44,7 +46,11 @@ def describe_bsq(storage: Storage, name: str) -> str:
 
 def is_prior(config_json: bytes) -> bool:
     """Whether a config.json is that of a prior, not of a tokenizer."""
-    return b'"model": "prior"' in config_json
+    try:
+        config = json.loads(config_json)
+    except ValueError:
+        return False
+    return isinstance(config, dict) and config.get("model") == "prior"
 
 
 def describe_prior(storage: Storage) -> str:
