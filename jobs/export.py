@@ -35,7 +35,6 @@ from pipeline.export_formats import (
 from pipeline.sequence import SequenceFormat
 from pipeline.steps import reached
 from pipeline.storage import Storage, open_storage
-from pipeline.storage.base import TEMPORARY
 from schemas.errors import BsqError, OutputNotOurs, SpecError, nearest_name
 from schemas.fingerprint import differing_fields
 from schemas.job import Job
@@ -158,7 +157,7 @@ def _claim(storage: Storage, record: dict[str, Any]) -> None:
     try:
         found = json.loads(storage.read_bytes(RECORD_NAME))
     except FileNotFoundError:
-        if entries := [name for name in storage.entries() if not TEMPORARY.fullmatch(name)]:
+        if entries := storage.entries():
             raise OutputNotOurs(f"{storage.url}: holds {entries[0]} and no export. Name an empty folder.") from None
         _write_record(storage, record)
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from jobs.outcome import JobOutcome, describe_outcome
 from jobs.placement import Placement, find_nodes, find_placement
 from jobs.runner import Runner
 from pipeline.credentials import printable_url
-from pipeline.dataset_files import read_job, read_ledger, read_manifest_summary
+from pipeline.dataset_files import LedgerState, read_job, read_ledger, read_manifest_summary
 from pipeline.generations import list_begun
 from pipeline.messages import WorkerSetup
 from pipeline.storage import Storage, open_storage
@@ -127,6 +126,14 @@ class Execution:
         return " ".join(words)
 
 
+def _one_arithmetic(storage: Storage, ledger: LedgerState) -> OneArithmetic:
+    """Holds a generation to the arithmetic of its ledger and of those before it."""
+    known: dict[str, dict[str, Any]] = {}
+    for number in range(ledger.generation):
+        known |= read_ledger(storage, number, keep_commits=False).arithmetic
+    return OneArithmetic(known | ledger.arithmetic)
+
+
 def run_generation(
     storage: Storage,
     job: Job,
@@ -144,11 +151,8 @@ def run_generation(
     with lease.kept():
         storage.sweep_temporaries(older_than=began)
         ledger = read_ledger(storage, number, keep_commits=False)
+        arithmetic = _one_arithmetic(storage, ledger) if execution.spec.run.strict_arithmetic else None
     command = execution.command("resume")
-    arithmetic = None
-    if execution.spec.run.strict_arithmetic:
-        earlier = [read_ledger(storage, each, keep_commits=False).arithmetic for each in range(number)]
-        arithmetic = OneArithmetic(dict(itertools.chain.from_iterable(map(dict.items, [*earlier, ledger.arithmetic]))))
     driver = Driver(storage, generation, ledger, lease, execution.spec, observer, command, arithmetic)
     told = [*notes]
     if driver.has_work and not storage.fenced:

@@ -44,7 +44,7 @@ def losses(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "losses.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_killed_and_started_again_it_draws_the_same_curve(dataset, tmp_path):
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     for kill_at in (13, 38):

@@ -75,6 +75,8 @@ def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
         process.wait()
 
 
+pytestmark = pytest.mark.long
+
 CASES = [
     ("append", "before_generation", "again"),
     ("append", "after_generation", "resume"),

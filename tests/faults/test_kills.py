@@ -157,7 +157,7 @@ def test_a_lease_that_is_held_refuses_a_second_driver_until_its_holder_is_dead(
     assert_whole(out, undisturbed)
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_a_lease_is_kept_while_a_manifest_is_written(
     shards: list[Path], undisturbed: dict[str, str], tmp_path: Path, bsq: RunBsq, start: StartJob
 ) -> None:

@@ -39,6 +39,7 @@ def ledger(out: Path) -> LedgerState:
     return read_ledger(open_storage(str(out)), 0)
 
 
+@pytest.mark.long
 def test_samples_that_abort_their_process_become_failures_and_all_others_are_tokenized(
     poisoned: list[Path], tmp_path: Path, bsq: RunBsq
 ) -> None:
@@ -79,7 +80,7 @@ def test_decoding_in_children_from_the_start_gives_the_same_files_without_losing
     assert ledger(tmp_path / "threads").failed_attempts != {}
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_suspicion_outlives_a_driver_that_is_killed(
     poisoned: list[Path], tmp_path: Path, bsq: RunBsq, start: StartJob
 ) -> None:

@@ -58,7 +58,7 @@ def wait_until(condition: Callable[[], bool], what: str, patience: float = 120.0
         time.sleep(0.2)
 
 
-@pytest.mark.long
+@pytest.mark.longest
 @needs_dashboard
 def test_a_job_file_gives_the_same_dataset_there_as_here(
     cluster: RayCluster, small_shards: list[Path], tmp_path: Path, bsq: RunBsq, write_job: Callable[..., Path]

@@ -38,7 +38,7 @@ def values_of(cluster: RayCluster, metric_name: str, out: Path) -> dict[str, flo
     return found
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_slow_storage_and_a_failing_class_are_visible(tmp_path: Path) -> None:
     corpus, out = tmp_path / "corpus", tmp_path / "out"
     for number in range(NUM_SHARDS):

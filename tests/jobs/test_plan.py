@@ -30,6 +30,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_a_plan_counts_what_the_job_then_makes(corpus: Path, tmp_path: Path, bsq: RunBsq) -> None:
     planned = bsq("plan", corpus / "*.tar", *STUB, "--seconds", 2, "--json")
     assert planned.returncode == 0, planned.stderr

@@ -72,7 +72,7 @@ def test_a_node_that_joins_gets_work_and_one_that_dies_costs_no_attempt(
     assert all(ledger.commits[attempt.shard, 0].attempt == 2 for attempt in lost)
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_actors_have_a_gpu_each_and_more_than_there_are_is_refused_in_one_line(
     cluster: Any, markers: Path, small_shards: list[Path], tmp_path: Path, bsq: RunBsq, start: StartJob
 ) -> None:

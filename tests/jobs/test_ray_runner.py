@@ -81,7 +81,7 @@ def test_a_sample_that_aborts_its_actor_costs_itself(small_shards: list[Path], t
     assert ledger.totals.poison == 2
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_a_driver_on_ray_that_is_killed_leaves_no_process_and_its_job_goes_on(
     small_shards: list[Path], local_files: dict[str, str], tmp_path: Path, bsq: RunBsq, start: StartJob
 ) -> None:

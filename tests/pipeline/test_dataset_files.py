@@ -27,6 +27,7 @@ from pipeline.dataset_files import (
 )
 from pipeline.parquet import read_parquet
 from pipeline.storage import Storage, open_storage
+from pipeline.storage.local_folder import LocalFolder
 from schemas.errors import BsqError
 from schemas.ledger import Arithmetic, Attempt, Commit, GivenUp, SourceRecord, Summary, segment_name
 from schemas.manifest import ManifestSummary, manifest_table, serialise_manifest
@@ -179,7 +180,7 @@ def test_other_files_in_the_folder_are_passed_over():
     assert select_segments(["000000000.jsonl", ".000000001.jsonl.7.tmp", "notes.txt"]) == ["000000000.jsonl"]
 
 
-class MergingStorage(Storage):
+class MergingStorage(LocalFolder):
     """Another process merges segments 0 to 2 after this one has listed them and read the first."""
 
     merged = False
@@ -196,7 +197,7 @@ class MergingStorage(Storage):
 
 @pytest.mark.parametrize("read", ["ledger", "commits"])
 def test_a_segment_that_vanishes_was_merged_and_nothing_counts_twice(tmp_path, read):
-    storage = MergingStorage(str(tmp_path / "out"))
+    storage = MergingStorage(str(tmp_path / "out"), str(tmp_path / "out"))
     for number in range(3):
         publish(storage, number, [commit(number), attempt(7)])
     if read == "commits":

@@ -16,6 +16,7 @@ from pipeline.rows import Row, ShardRows
 from pipeline.sample import Member, Sample
 from pipeline.sidecars import Sidecars
 from pipeline.storage import Storage, open_storage
+from pipeline.storage.local_folder import LocalFolder
 from schemas.errors import CaptionNotText, MediaCorrupt, TarTruncated
 from schemas.job import Job
 from schemas.jobspec import parse_spec
@@ -112,14 +113,14 @@ def test_publishing_twice_gives_the_same_names_and_bytes(storage: Storage, job: 
 
 
 def test_the_failure_table_is_there_before_the_token_file(tmp_path: Path, job: Job) -> None:
-    class Recording(Storage):
+    class Recording(LocalFolder):
         names: list[str]
 
         def publish(self, name: str, data: bytes, **settings: Any) -> None:
             self.names.append(name.partition("/")[0])
             super().publish(name, data, **settings)
 
-    storage = Recording(str(tmp_path / "out"))
+    storage = Recording(str(tmp_path / "out"), str(tmp_path / "out"))
     storage.names = []
     publish(storage, job)
     assert storage.names == ["failures", "tokens"]
