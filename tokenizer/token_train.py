@@ -23,7 +23,7 @@ from tokenizer.prior import TokenPrior
 from tokenizer.prior_checkpoint import build_prior, read_prior, save_prior
 from tokenizer.prior_config import prior_preset
 from tokenizer.ranks import average_gradients, compute_dtype, copy_from_first_rank
-from tokenizer.schedule import clip_gradients, learning_rate_factor
+from tokenizer.schedule import clip_gradients, rate_factor
 from tokenizer.train_config import (
     LearningPart,
     LoopPart,
@@ -181,13 +181,7 @@ class TokenLearner(ABC, Generic[Model]):
     def update(self, batch: TokenBatch, step: int) -> dict[str, Tensor]:
         """Learn from one batch; gradients that are not finite change nothing, and `skipped` is 1."""
         part = self._learning
-        rate = part.learning_rate * learning_rate_factor(
-            step,
-            warmup_steps=part.warmup_steps,
-            warmup_from=part.warmup_from,
-            total_steps=part.steps,
-            cosine_to=part.cosine_to,
-        )
+        rate = part.learning_rate * rate_factor(part, step)
         self.optimizer.set_learning_rate(rate)
         with self.autocast():
             metrics = self.losses(batch)

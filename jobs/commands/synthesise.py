@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from jobs.commands import app
-from jobs.commands.options import StorageOptions, storage_options, switch
+from jobs.commands.options import ResumeRun, RunFolder, StorageOptions, storage_options
 from schemas.errors import SpecError
 
 SAMPLING = "Sampling"
@@ -21,15 +21,8 @@ def train_generator(
         Path,
         typer.Argument(metavar="TRAIN.YAML", help="Settings of the run (docs/synthesis.md).", show_default=False),
     ],
-    resume: Annotated[
-        bool, switch("--resume", "Go on with the run in its folder, or begin it. Left out: the folder must be new.")
-    ] = False,
-    out: Annotated[
-        str | None,
-        typer.Option(
-            "--out", metavar="DIR", help="Folder of the run. Left out: what the file names.", show_default=False
-        ),
-    ] = None,
+    resume: ResumeRun = False,
+    out: RunFolder = None,
     storage_option: StorageOptions = None,
 ) -> None:
     """Train a masked model on datasets of tokens, for `bsq generate`; under torchrun on several devices.
