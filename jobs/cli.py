@@ -13,7 +13,20 @@ import typer
 from typer.models import CommandInfo
 
 # Importing a module adds its commands.
-from jobs.commands import app, cluster, compress, demo, export, look, model, plan, report, retry, tokenize  # noqa: F401
+from jobs.commands import (  # noqa: F401
+    app,
+    cluster,
+    compress,
+    demo,
+    export,
+    look,
+    model,
+    plan,
+    report,
+    retry,
+    synthesise,
+    tokenize,
+)
 from jobs.commands.options import switch
 from schemas.errors import BsqError
 
@@ -25,10 +38,11 @@ PANELS = (
     "Use the tokens",
     "Make a tokenizer",
     "Compress",
+    "Synthesise",
     "Run on a cluster",
 )
 """Of the help, in the order in which somebody new needs them."""
-FIRST_OF_PANEL = ("tokenize", "resume", "plan", "status", "inspect", "report", "train")
+FIRST_OF_PANEL = ("tokenize", "resume", "plan", "status", "inspect", "report", "train", "train_generator")
 """Commands before the others of their panel."""
 
 

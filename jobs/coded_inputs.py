@@ -52,6 +52,18 @@ def pack_clip(bits_ThwL: npt.NDArray[np.bool_]) -> PackedClip:
     return PackedClip(len(bits_ThwL), pack_bits(bits_ThwL.reshape(1, -1, bits_ThwL.shape[-1]))[0])
 
 
+def read_media(path: Path, limits: LimitsSpec) -> Member:
+    """The bytes of a picture or clip.  Raises SpecError, naming the file, where it cannot be read or is too large."""
+    shown = printable(str(path))
+    try:
+        if path.stat().st_size > limits.max_member_bytes:
+            raise SpecError(f"{shown}: {path.stat().st_size:,} bytes; at most {limits.max_member_bytes:,}.")
+        payload = path.read_bytes()
+    except OSError as error:
+        raise SpecError(f"{shown}: cannot be read ({error.strerror or type(error).__name__}).") from error
+    return Member(path.name, "file", len(payload), 0, payload)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MediaReader:
     """Reads files of pictures and clips, and tokenizes them tile by tile."""
@@ -65,14 +77,7 @@ class MediaReader:
 
     def read(self, path: Path) -> TokenizedItem:
         """The tokens of one file.  Raises SpecError, naming it, where it is no picture or clip that can be decoded."""
-        shown = printable(str(path))
-        try:
-            if path.stat().st_size > self.limits.max_member_bytes:
-                raise SpecError(f"{shown}: {path.stat().st_size:,} bytes; at most {self.limits.max_member_bytes:,}.")
-            payload = path.read_bytes()
-        except OSError as error:
-            raise SpecError(f"{shown}: cannot be read ({error.strerror or type(error).__name__}).") from error
-        media = Member(path.name, "file", len(payload), 0, payload)
+        shown, media = printable(str(path)), read_media(path, self.limits)
         size = self.model.config.image_size
         decoder = Decoder(PreprocessSpec(size=size), ClipSpec(clip_frames=1), self.limits)
         times: list[float] = []

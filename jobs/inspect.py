@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs.display import describe_bytes
-from jobs.inspect_compression import describe_bsq, describe_prior, is_prior
+from jobs.inspect_compression import describe_bsq
+from jobs.inspect_token_models import describe_token_model
 from pipeline.credentials import printable_url
 from pipeline.dataset_files import (
     JOB_NAME,
@@ -56,8 +57,7 @@ def describe(url: str, storage_options: Mapping[str, Any] | None = None) -> str:
     if storage.exists(JOB_NAME):
         return _describe_dataset(storage)
     if storage.exists("config.json") and storage.exists("model.safetensors"):
-        is_tokenizer = not is_prior(storage.read_bytes("config.json"))
-        return _describe_tokenizer(storage) if is_tokenizer else describe_prior(storage)
+        return describe_token_model(storage) or _describe_tokenizer(storage)
     parent, slash, name = url.rpartition("/")
     folder = open_storage(parent or slash or ".", storage_options)
     if name and folder.exists(name):

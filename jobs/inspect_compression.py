@@ -1,15 +1,10 @@
-"""Says what a .bsq file holds and what it takes, and what a prior is."""
+"""Says what a .bsq file holds and what it takes."""
 
 from __future__ import annotations
 
-import json
-
-from jobs.display import describe_bytes
 from pipeline.storage import Storage
 from schemas.bsqfile import ARITHMETICS, MAX_FILE_BYTES, BsqFile, CodedItem, parse_bsq
 from schemas.errors import StreamError, printable
-from tokenizer.checkpoint import CONFIG_FILE, MODEL_FILE, CheckpointFiles
-from tokenizer.prior_checkpoint import prior_config
 
 SHOWN_ITEMS = 5
 _WIDTH = 14
@@ -42,32 +37,6 @@ def describe_bsq(storage: Storage, name: str) -> str:
         if len(file.items) > SHOWN_ITEMS:
             lines.append(f"  and {len(file.items) - SHOWN_ITEMS:,} more")
     return "\n".join(lines)
-
-
-def is_prior(config_json: bytes) -> bool:
-    """Whether a config.json is that of a prior, not of a tokenizer."""
-    try:
-        config = json.loads(config_json)
-    except ValueError:
-        return False
-    return isinstance(config, dict) and config.get("model") == "prior"
-
-
-def describe_prior(storage: Storage) -> str:
-    """What the prior in a folder is.  Raises CheckpointError where it cannot be used."""
-    files = CheckpointFiles(storage.read_bytes(CONFIG_FILE), storage.read_bytes(MODEL_FILE), storage.url)
-    config = prior_config(files)
-    trained = "" if config.trained else ", random weights: it was never trained"
-    return "\n".join(
-        [
-            f"{storage.url}: prior over tokens ({config.preset}), weights {files.weight_sha256()[:8]}{trained}",
-            _field("predicts", f"{config.bits_per_token} bits in groups of {config.group_size}, {config.grid[0]} x "
-                   f"{config.grid[1]} tokens for each frame, clips of up to {config.max_frames} frames"),
-            _field("from", f"the tokens of {config.context_frames} frames before"),
-            _field("tokenizer", f"weights {config.tokenizer_sha256[:8] or 'not known'}"),
-            _field("size", f"width {config.width}, {config.layers} layers, {describe_bytes(storage.size(MODEL_FILE))}"),
-        ]
-    )  # fmt: skip
 
 
 def _describe_item(file: BsqFile, item: CodedItem) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pydantic
 import yaml
@@ -145,20 +145,48 @@ class TokenTrainSpec(_Section):
         return {"model": self.model, "optimizer": self.optimizer, "run": self.run}
 
 
+class LabelledTokenDataSpec(TokenDataSpec):
+    """Where tokens of labelled pictures come from."""
+
+    classes: tuple[str, ...] = ()
+    """Names of labels 0, 1, ... in this order; empty to learn without labels."""
+
+
+class GeneratorTrainSpec(TokenTrainSpec):
+    """One run of training a generator."""
+
+    data: LabelledTokenDataSpec
+    """Where tokens come from."""
+
+
 def read_train_spec(path: str | Path) -> TrainSpec:
     """Read a training file.  Raises SpecError, in one line, for the first thing that is wrong."""
     return parse_train_spec(_read_yaml(path, "examples/train_small.yaml"), source=str(path))
 
 
 def read_token_train_spec(path: str | Path) -> TokenTrainSpec:
-    """Read a training file of a model over tokens.  Raises SpecError, in one line."""
-    values = _read_yaml(path, "examples/train_prior.yaml")
+    """Read a training file of a prior.  Raises SpecError, in one line."""
+    return _read_token_spec(path, TokenTrainSpec, {"data": TokenDataSpec}, "examples/train_prior.yaml")
+
+
+def read_generator_train_spec(path: str | Path) -> GeneratorTrainSpec:
+    """Read a training file of a generator.  Raises SpecError, in one line."""
+    return _read_token_spec(path, GeneratorTrainSpec, {"data": LabelledTokenDataSpec}, "examples/train_generator.yaml")
+
+
+AnyTokenSpec = TypeVar("AnyTokenSpec", bound=TokenTrainSpec)
+
+
+def _read_token_spec(
+    path: str | Path, kind: type[AnyTokenSpec], sections: Mapping[str, type[BaseModel]], example: str
+) -> AnyTokenSpec:
+    values = _read_yaml(path, example)
     if not isinstance(values, dict):
         raise SpecError(f"{path}: a training file is a mapping such as `data: ...`, found {type(values).__name__}.")
     try:
-        return TokenTrainSpec.model_validate(values)
+        return kind.model_validate(values)
     except pydantic.ValidationError as error:
-        raise SpecError(f"{path}: {_first_problem(error, _TOKEN_SECTIONS)}") from error
+        raise SpecError(f"{path}: {_first_problem(error, {'': kind, **sections})}") from error
 
 
 def _read_yaml(path: str | Path, example: str) -> Any:
@@ -183,9 +211,6 @@ def parse_train_spec(values: object, *, source: str) -> TrainSpec:
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {"": TrainSpec, "data": TrainDataSpec, "data.limits": LimitsSpec}
-
-
-_TOKEN_SECTIONS: dict[str, type[BaseModel]] = {"": TokenTrainSpec, "data": TokenDataSpec}
 
 
 def _first_problem(error: pydantic.ValidationError, sections: Mapping[str, type[BaseModel]]) -> str:

@@ -13,18 +13,14 @@ G groups, K symbols of a group (2^g), D width, A width of an attention head, H w
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from schemas.errors import SpecError
 from tokenizer.codes import bits_to_groups
+from tokenizer.initialise import initialise
 from tokenizer.prior_config import PriorConfig
-
-INIT_STD = 0.02
 
 
 class PriorBlock(nn.Module):
@@ -84,7 +80,7 @@ class TokenPrior(nn.Module):
             self.head_bias = nn.Parameter(torch.empty(groups, 1 << config.group_size))
         if seed is not None:
             self.to_empty(device="cpu")
-            _initialise(self, seed)
+            initialise(self, seed, layers=config.layers, embeddings=("place", "time", "head_logits"))
 
     def log_prob(self, bits_BThwL: Tensor) -> Tensor:
         """Natural logarithm of each token's probability, fp32 [B, T, h, w], of bool bits, with gradients."""
@@ -156,25 +152,3 @@ def _attend_frame(query: Tensor, key: Tensor, value: Tensor, start: int, end: in
     )
     seen = (distance >= 0) & (distance < context_tokens)
     return F.scaled_dot_product_attention(query[:, :, start:end], key, value, attn_mask=seen)
-
-
-def _initialise(model: TokenPrior, seed: int) -> None:
-    """Fill the weights from a seed: matrices from N(0, 1/inputs), those that end a branch smaller, biases 0.
-
-    NumPy draws the numbers, for torch's depend on the CPU's vector unit."""
-    generator = np.random.default_rng(seed)
-    branches = math.sqrt(2 * model.config.layers)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            kind = name.rpartition(".")[2]
-            if kind in ("bias", "head_bias"):
-                parameter.zero_()
-                continue
-            if "norm" in name:
-                parameter.fill_(1.0)
-                continue
-            deviation = INIT_STD
-            if kind not in ("place", "time", "head_logits"):
-                deviation = parameter.shape[1] ** -0.5 / (branches if name.endswith("out.weight") else 1.0)
-            drawn = generator.standard_normal(tuple(parameter.shape), dtype=np.float32)
-            parameter.copy_(torch.from_numpy(drawn * np.float32(deviation)))

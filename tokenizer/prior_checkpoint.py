@@ -5,7 +5,6 @@ They are laid out as those of tokenizers (`tokenizer/checkpoint.py`), and named 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,20 +13,10 @@ from typing import Any
 import torch
 
 from schemas.errors import CheckpointError, SpecError, nearest_name, printable
-from tokenizer.checkpoint import (
-    CARD_FILE,
-    CONFIG_FILE,
-    MODEL_FILE,
-    UNTRAINED,
-    CheckpointFiles,
-    model_bytes,
-    read_folder,
-    read_url,
-    read_weights,
-    write_whole,
-)
+from tokenizer.checkpoint import CONFIG_FILE, UNTRAINED, CheckpointFiles, read_folder, read_url
 from tokenizer.prior import TokenPrior
 from tokenizer.prior_config import PRESETS, PriorConfig, prior_preset
+from tokenizer.token_checkpoint import load_weights, model_files, read_config, save_model
 
 SHIPPED_PRIORS = Path(__file__).parent / "priors"
 """One folder for each prior that comes with the package."""
@@ -53,7 +42,7 @@ def read_prior(
             config = prior_preset(name.removeprefix(UNTRAINED))
         except SpecError as error:
             raise CheckpointError(str(error)) from error
-        return CheckpointFiles(_config_bytes(config), model_bytes(TokenPrior(config).state_dict(), torch.float16), name)
+        return model_files(TokenPrior(config), config.to_json_dict(), name)
     if name in shipped:
         return read_folder(SHIPPED_PRIORS / name, name)
     if "://" in name or "::" in name:
@@ -76,32 +65,14 @@ def shipped_priors() -> list[str]:
 
 def prior_config(files: CheckpointFiles) -> PriorConfig:
     """What the config of a prior's files says.  Raises CheckpointError where it cannot be used."""
-    try:
-        return PriorConfig.from_json_dict(json.loads(files.config_json))
-    except (ValueError, RecursionError, SpecError) as error:
-        raise CheckpointError(f"{files.where}/{CONFIG_FILE}: {error}") from error
+    return read_config(files, PriorConfig.from_json_dict)
 
 
 def build_prior(files: CheckpointFiles, *, device: str | torch.device = "cpu") -> TokenPrior:
     """The prior of its files in fp32 and eval mode.  Raises CheckpointError where weights and config do not fit."""
-    config = prior_config(files)
-    expected = {name: tuple(value.shape) for name, value in TokenPrior(config, seed=None).state_dict().items()}
-    prior = TokenPrior(config, seed=None)
-    prior.load_state_dict(read_weights(files, expected), strict=True, assign=True)
-    return prior.to(device).eval().requires_grad_(False)
+    return load_weights(TokenPrior(prior_config(files), seed=None), files, device)
 
 
 def save_prior(prior: TokenPrior, folder: str | os.PathLike[str], *, card: str | None = None) -> None:
     """Write a trained prior into a local folder, in half precision; each file appears whole or not at all."""
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    # The config last: a folder without it is not taken for a checkpoint.
-    (path / CONFIG_FILE).unlink(missing_ok=True)
-    write_whole(path / MODEL_FILE, model_bytes(prior.state_dict(), torch.float16))
-    if card is not None:
-        write_whole(path / CARD_FILE, card.encode())
-    write_whole(path / CONFIG_FILE, _config_bytes(dataclasses.replace(prior.config, trained=True)))
-
-
-def _config_bytes(config: PriorConfig) -> bytes:
-    return (json.dumps(config.to_json_dict(), indent=2) + "\n").encode()
+    save_model(prior, dataclasses.replace(prior.config, trained=True).to_json_dict(), folder, card=card)

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tokenizer.train_config import LearningPart
+
 Decay = Literal["matrices", "all"]
 
 EMBEDDINGS = ("position", "temporal")
@@ -28,6 +30,17 @@ def learning_rate_factor(
         return warmup_from + (1 - warmup_from) * step / warmup_steps
     share = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return cosine_to + (1 - cosine_to) * (1 + math.cos(math.pi * share)) / 2
+
+
+def rate_factor(learning: LearningPart, step: int) -> float:
+    """`learning_rate_factor` as a run's settings have it."""
+    return learning_rate_factor(
+        step,
+        warmup_steps=learning.warmup_steps,
+        warmup_from=learning.warmup_from,
+        total_steps=learning.steps,
+        cosine_to=learning.cosine_to,
+    )
 
 
 def ramp(step: int, *, start: float, steps: int) -> float:

@@ -1,4 +1,4 @@
-"""Training of models over tokens: settings, batches, one update, and the run of a prior.
+"""Training of models over tokens: settings, batches, one update, the run; and those of a prior.
 
 Shape letters: B batch, T frames, h w the grid, L bits per token."""
 
@@ -23,7 +23,7 @@ from tokenizer.prior import TokenPrior
 from tokenizer.prior_checkpoint import build_prior, read_prior, save_prior
 from tokenizer.prior_config import prior_preset
 from tokenizer.ranks import average_gradients, compute_dtype, copy_from_first_rank
-from tokenizer.schedule import clip_gradients, learning_rate_factor
+from tokenizer.schedule import clip_gradients, rate_factor
 from tokenizer.train_config import (
     LearningPart,
     LoopPart,
@@ -82,18 +82,15 @@ class TokenLearningPart(LearningPart):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PriorTrainConfig:
-    """A whole run, except where its tokens come from."""
+class TokenTrainConfig:
+    """A whole run, except what the model is and where its tokens come from."""
 
-    model: PriorPart = field(default_factory=PriorPart)
     optimizer: TokenLearningPart = field(default_factory=TokenLearningPart)
     run: LoopPart = field(default_factory=LoopPart)
 
     def __post_init__(self) -> None:
         check_loop(self.optimizer, self.run)
         require_at_least({"optimizer.batch": (self.optimizer.batch, 1)})
-        if not 0 <= self.model.dropout < 1:
-            raise SpecError(f"model.dropout is {self.model.dropout}; it must be from 0 to below 1.")
 
     def to_json_dict(self) -> dict[str, Any]:
         """The config as JSON types."""
@@ -102,6 +99,18 @@ class PriorTrainConfig:
     def require_same_run(self, saved: dict[str, Any], where: str) -> bool:
         """Raise SpecError where `saved`, in JSON types, is another run; return whether only its end has moved."""
         return require_same_settings(saved, self.to_json_dict(), FREE_SETTINGS, where)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PriorTrainConfig(TokenTrainConfig):
+    """A whole run of a prior, except where its tokens come from."""
+
+    model: PriorPart = field(default_factory=PriorPart)
+
+    def __post_init__(self) -> None:
+        TokenTrainConfig.__post_init__(self)
+        if not 0 <= self.model.dropout < 1:
+            raise SpecError(f"model.dropout is {self.model.dropout}; it must be from 0 to below 1.")
 
 
 def prior_train_config(values: object, where: str = "training config") -> PriorTrainConfig:
@@ -123,14 +132,20 @@ class TokenKind:
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """`bits` bool [B, T, h, w, L]; `mask` bool [B, T], False for frames that only pad, None where there are none."""
+    """Clips of tokens."""
 
     bits: Tensor
+    """Bool [B, T, h, w, L]."""
     mask: Tensor | None = None
+    """Bool [B, T], False for frames that only pad; None where there are none."""
+    labels: Tensor | None = None
+    """int64 [B], -1 for none; None where no labels are learnt."""
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> TokenBatch:
-        mask = None if self.mask is None else self.mask.to(device, non_blocking=non_blocking)
-        return TokenBatch(self.bits.to(device, non_blocking=non_blocking), mask)
+        given = (self.bits, self.mask, self.labels)
+        bits, mask, labels = (None if each is None else each.to(device, non_blocking=non_blocking) for each in given)
+        assert bits is not None
+        return TokenBatch(bits, mask, labels)
 
     def __len__(self) -> int:
         return len(self.bits)
@@ -159,16 +174,14 @@ class TokenLearner(ABC, Generic[Model]):
     def losses(self, batch: TokenBatch) -> dict[str, Tensor]:
         """Scalars by name; `loss` is what is made small."""
 
+    @abstractmethod
+    def measure(self, batch: TokenBatch) -> tuple[float, float]:
+        """Bits that the tokens of a validation batch take, and how many tokens that is."""
+
     def update(self, batch: TokenBatch, step: int) -> dict[str, Tensor]:
         """Learn from one batch; gradients that are not finite change nothing, and `skipped` is 1."""
         part = self._learning
-        rate = part.learning_rate * learning_rate_factor(
-            step,
-            warmup_steps=part.warmup_steps,
-            warmup_from=part.warmup_from,
-            total_steps=part.steps,
-            cosine_to=part.cosine_to,
-        )
+        rate = part.learning_rate * rate_factor(part, step)
         self.optimizer.set_learning_rate(rate)
         with self.autocast():
             metrics = self.losses(batch)
@@ -202,6 +215,50 @@ class TokenLearner(ABC, Generic[Model]):
         load_optimizer(self.optimizer, state.part("optimizer"))
 
 
+class TokenTrainer(TrainLoop[TokenBatch]):
+    """One run of training a model over tokens.  Writes its newest weights, OUT/best/ and OUT/curve.svg."""
+
+    def __init__(
+        self,
+        config: TokenTrainConfig,
+        learner: TokenLearner[Any],
+        batches: BatchSource[TokenBatch],
+        out: str | os.PathLike[str],
+        *,
+        device: torch.device,
+        validation: Mapping[str, Sequence[TokenBatch]] | None = None,
+        observer: Observer = lambda report: None,
+    ) -> None:
+        """`validation`: batches by the name of their data."""
+        super().__init__(config, learner, batches, out, device=device, observer=observer)
+        self._token_learner, self._validation = learner, validation or {}
+
+    def draw(self, batch: TokenBatch) -> None:
+        """The curve of bits per token, as SVG."""
+        draw_curve(
+            self.out / "log.jsonl", self.out / "curve.svg", "bits per token", batch.bits.shape[-1], ("loss", "val_bits")
+        )
+
+    @torch.no_grad()
+    def measure(self) -> tuple[dict[str, float], float]:
+        """Bits that a token of each kind of validation data takes, and of all together, which ranks."""
+        self._token_learner.model.eval()
+        values: dict[str, float] = {}
+        total_bits = total_tokens = 0.0
+        for name, batches in self._validation.items():
+            bits = tokens = 0.0
+            for batch in batches:
+                with self._token_learner.autocast():
+                    batch_bits, batch_tokens = self._token_learner.measure(batch.to(self.device))
+                bits, tokens = bits + batch_bits, tokens + batch_tokens
+            values[f"val_bits_{name}"] = bits / tokens
+            total_bits, total_tokens = total_bits + bits, total_tokens + tokens
+        self._token_learner.model.train()
+        if values:
+            values["val_bits"] = total_bits / total_tokens
+        return values, -values.get("val_bits", math.inf)
+
+
 class PriorLearner(TokenLearner[TokenPrior]):
     """Learns to give high probabilities to tokens."""
 
@@ -209,9 +266,13 @@ class PriorLearner(TokenLearner[TokenPrior]):
         """The mean over tokens of -log2 p: bits that a token takes."""
         return {"loss": bits_of_tokens(self.model, batch).sum() / batch.num_tokens}
 
+    def measure(self, batch: TokenBatch) -> tuple[float, float]:
+        """The bits of all tokens together, and their number."""
+        return float(bits_of_tokens(self.model, batch).double().sum()), batch.num_tokens
 
-class PriorTrainer(TrainLoop[TokenBatch]):
-    """One run of training a prior.  Writes OUT/prior/, the newest, OUT/best/ and OUT/curve.svg."""
+
+class PriorTrainer(TokenTrainer):
+    """One run of training a prior."""
 
     newest = "prior"
 
@@ -229,38 +290,11 @@ class PriorTrainer(TrainLoop[TokenBatch]):
         """`validation`: batches by the name of their data."""
         device = torch.device(device)
         self.learner = PriorLearner(config.optimizer, config.run, starting_prior(config, kind), device)
-        super().__init__(config, self.learner, batches, out, device=device, observer=observer)
-        self._validation = validation or {}
+        super().__init__(config, self.learner, batches, out, device=device, validation=validation, observer=observer)
 
     def export(self, name: str) -> None:
         """Write the prior."""
         save_prior(self.learner.model, self.out / name)
-
-    def draw(self, batch: TokenBatch) -> None:
-        """The curve of bits per token, as SVG."""
-        draw_curve(
-            self.out / "log.jsonl", self.out / "curve.svg", "bits per token", batch.bits.shape[-1], ("loss", "val_bits")
-        )
-
-    @torch.no_grad()
-    def measure(self) -> tuple[dict[str, float], float]:
-        """Bits that a token of each kind of validation data takes, and of all together, which ranks."""
-        self.learner.model.eval()
-        values: dict[str, float] = {}
-        total_bits, total_tokens = 0.0, 0
-        for name, batches in self._validation.items():
-            bits, tokens = 0.0, 0
-            for batch in batches:
-                on_device = batch.to(self.device)
-                with self.learner.autocast():
-                    bits += float(bits_of_tokens(self.learner.model, on_device).double().sum())
-                tokens += batch.num_tokens
-            values[f"val_bits_{name}"] = bits / tokens
-            total_bits, total_tokens = total_bits + bits, total_tokens + tokens
-        self.learner.model.train()
-        if values:
-            values["val_bits"] = total_bits / total_tokens
-        return values, -values.get("val_bits", math.inf)
 
 
 def bits_of_tokens(prior: TokenPrior, batch: TokenBatch) -> Tensor:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+
+from tokenizer.checkpoint import write_whole
 
 WIDTH, HEIGHT, MARGIN = 720, 360, 52
 COLOURS = ("#9aa5b1", "#1f6feb", "#d1651f", "#2b8a3e")
@@ -58,9 +59,7 @@ def draw_curve(log: Path, target: Path, title: str, ceiling: float | None, names
             f'<text x="{WIDTH - MARGIN}" y="{24 + 15 * number}" text-anchor="end" fill="{colour}">'
             f"{escape(name)} {points[-1][1]:.4g}</text>",
         ]
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.write_text("\n".join([*parts, "</svg>\n"]), encoding="utf-8")
-    temporary.replace(target)
+    write_whole(target, "\n".join([*parts, "</svg>\n"]).encode())
 
 
 def _points(log: Path, name: str) -> list[tuple[int, float]]:

@@ -182,10 +182,10 @@ class TrainLoop(ABC, Generic[AnyBatch]):
                 eta = (now - begun) / (self.step - first) * (steps - self.step)
                 self._report(now - logged, eta)
                 logged = now
-            if self.step % run.picture_every == 0 or self.step == steps:
-                self._draw(batch)
             if self.step % run.validate_every == 0 or self.step == steps:
                 self._validate()
+            if self.step % run.picture_every == 0 or self.step == steps:
+                self._draw(batch)
             stopped = self._stop_asked()
             if self.step % run.save_every == 0 or self.step == steps or stopped:
                 self.save()

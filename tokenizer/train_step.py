@@ -33,7 +33,7 @@ from tokenizer.losses import (
 )
 from tokenizer.optimizers import make_optimizers
 from tokenizer.ranks import average_gradients, compute_dtype, copy_from_first_rank, num_ranks
-from tokenizer.schedule import clip_gradients, learning_rate_factor, ramp
+from tokenizer.schedule import clip_gradients, ramp, rate_factor
 from tokenizer.train_config import TrainConfig
 from tokenizer.train_state import TrainState, load_optimizer, optimizer_tensors
 
@@ -179,14 +179,7 @@ class Learner:
         return self.discriminator is not None and step >= self.config.losses.adversarial_start
 
     def _set_learning_rates(self, step: int) -> float:
-        part = self.config.optimizer
-        rate = self.peak_learning_rate * learning_rate_factor(
-            step,
-            warmup_steps=part.warmup_steps,
-            warmup_from=part.warmup_from,
-            total_steps=part.steps,
-            cosine_to=part.cosine_to,
-        )
+        rate = self.peak_learning_rate * rate_factor(self.config.optimizer, step)
         self.optimizer.set_learning_rate(rate)
         if self.discriminator_optimizer is not None:
             self.discriminator_optimizer.set_learning_rate(rate * self.config.discriminator.learning_rate_factor)

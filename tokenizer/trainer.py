@@ -3,7 +3,8 @@
 Besides what every run writes (`tokenizer/train_loop.py`):
 
     OUT/tokenizer/, OUT/best/  the averaged weights as a tokenizer: the newest and the best
-    OUT/pictures/step-N.png    originals above reconstructions"""
+    OUT/pictures/step-N.png    originals above reconstructions
+    OUT/curve.svg              PSNR over the steps"""
 
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ from tokenizer.frame_batches import Batches, HeldFrames, centre_frames, read_arr
 from tokenizer.losses import ms_ssim, psnr, to_uint8
 from tokenizer.ranks import joined_ranks, num_ranks, rank
 from tokenizer.train_config import TrainConfig, train_config
+from tokenizer.train_curve import draw_curve
 from tokenizer.train_log import Observer, TrainReport, describe_report, picture_grid, write_png
 from tokenizer.train_loop import TrainLoop, stopping_on_signals
 from tokenizer.train_step import Learner, starting_model, training_sizes
@@ -83,7 +85,8 @@ class Trainer(TrainLoop[Tensor]):
         self._dead = dead
 
     def draw(self, batch: Tensor) -> Path:
-        """Originals above reconstructions, of the validation where there is one."""
+        """Originals above reconstructions, of the validation where there is one; and the curve of PSNR, as SVG."""
+        draw_curve(self.out / "log.jsonl", self.out / "curve.svg", "PSNR, dB", None, ("psnr", "val_psnr"))
         shown = self._validation[0].to(self.device) if self._validation else batch
         clips = shown[:NUM_PICTURES]
         with self.averaged():

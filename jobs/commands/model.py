@@ -8,7 +8,15 @@ from typing import Annotated, Literal
 import typer
 
 from jobs.commands import app
-from jobs.commands.options import RUNNING, RayAddress, StorageOptions, storage_options, switch
+from jobs.commands.options import (
+    RUNNING,
+    RayAddress,
+    ResumeRun,
+    RunFolder,
+    StorageOptions,
+    storage_options,
+    switch,
+)
 from schemas.errors import SpecError
 from schemas.jobspec import Filter
 
@@ -41,15 +49,8 @@ def train(
     config: Annotated[
         Path, typer.Argument(metavar="TRAIN.YAML", help="Settings of the run (docs/training.md).", show_default=False)
     ],
-    resume: Annotated[
-        bool, switch("--resume", "Go on with the run in its folder, or begin it. Left out: the folder must be new.")
-    ] = False,
-    out: Annotated[
-        str | None,
-        typer.Option(
-            "--out", metavar="DIR", help="Folder of the run. Left out: what the file names.", show_default=False
-        ),
-    ] = None,
+    resume: ResumeRun = False,
+    out: RunFolder = None,
     ray_workers: Annotated[
         int | None,
         typer.Option(
@@ -142,15 +143,8 @@ def train_prior(
         Path,
         typer.Argument(metavar="TRAIN.YAML", help="Settings of the run (docs/compression.md).", show_default=False),
     ],
-    resume: Annotated[
-        bool, switch("--resume", "Go on with the run in its folder, or begin it. Left out: the folder must be new.")
-    ] = False,
-    out: Annotated[
-        str | None,
-        typer.Option(
-            "--out", metavar="DIR", help="Folder of the run. Left out: what the file names.", show_default=False
-        ),
-    ] = None,
+    resume: ResumeRun = False,
+    out: RunFolder = None,
     storage_option: StorageOptions = None,
 ) -> None:
     """Train a prior on datasets of tokens, for `bsq compress`; under torchrun on several devices.

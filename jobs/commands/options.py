@@ -45,6 +45,13 @@ SQUARE, CLIPS, RUNNING, OUTPUT = "From a frame to a square", "From a video to cl
 STORAGE = "Storage"
 
 OutputFolder = Annotated[str, typer.Argument(help="Folder or URL of the dataset.", metavar="DIR", show_default=False)]
+RunFolder = Annotated[
+    str | None,
+    typer.Option("--out", metavar="DIR", help="Folder of the run. Left out: what the file names.", show_default=False),
+]
+ResumeRun = Annotated[
+    bool, switch("--resume", "Go on with the run in its folder, or begin it. Left out: the folder must be new.")
+]
 NoRay = Annotated[
     bool,
     switch("--no-ray", "Run the workers as processes of this host. Left out: Ray runs them.", RUNNING),

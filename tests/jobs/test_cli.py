@@ -20,7 +20,7 @@ from schemas.lease import Progress
 
 ROOT = Path(jobs.cli.__file__).parents[1]
 COMMANDS = ["tokenize", "resume", "retry", "status", "verify", "inspect", "report", "reconstruct", "import-checkpoint",
-            "train", "evaluate", "demo"]  # fmt: skip
+            "train", "evaluate", "demo", "train-generator", "generate"]  # fmt: skip
 
 
 @pytest.fixture

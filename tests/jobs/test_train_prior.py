@@ -11,7 +11,8 @@ import torch
 import yaml
 
 from jobs.cli import run
-from jobs.train_prior import TokenBatches, open_datasets, token_kind, train_prior
+from jobs.token_training import TokenBatches, open_datasets, token_kind
+from jobs.train_prior import train_prior
 from schemas.errors import Interrupted, SpecError
 from schemas.trainspec import TokenDataSpec, read_token_train_spec
 from tests.token_datasets import TokenDatasetWriter

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -69,6 +70,8 @@ def test_the_small_recipe_learns(tmp_path):
     validated = [report.values["val_psnr"] for report in reports if "val_psnr" in report.values]
     assert validated and validated[-1] > 10
     assert (tmp_path / "pictures" / "step-00000060.png").exists()
+    words = [text.text for text in ElementTree.parse(tmp_path / "curve.svg").iter("{http://www.w3.org/2000/svg}text")]
+    assert {word.split()[0] for word in words} >= {"PSNR,", "psnr", "val_psnr"}
     for name in ("tokenizer", "best"):
         assert from_pretrained(tmp_path / name).config.trained
 
