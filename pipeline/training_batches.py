@@ -26,6 +26,7 @@ from pipeline.sample import Sample
 from pipeline.tar import read_members
 from schemas.errors import ArchiveError, MediaUnsupported, SampleError, ShardError, SpecError
 from schemas.jobspec import ClipSpec, LimitsSpec, PreprocessSpec
+from tokenizer.colour_detail import NUM_DRAWS, sharpen_colours
 from tokenizer.train_config import OptimizerPart, SamplingPart
 
 Kind = Literal["image", "video"]
@@ -118,6 +119,7 @@ class StreamedFrames:
         }
         self._sizes = {"image": optimizer.batch_images, "video": optimizer.batch_clips}
         only: Kind = sources[0].kind
+        self._rank, self._colour_detail = rank, sampling.colour_detail
         self._clip_share = sampling.clip_share if len(self._streams) == 2 else float(only == "video")
         self._num_batches = 0
 
@@ -126,7 +128,12 @@ class StreamedFrames:
         draw = np.random.default_rng([self._seed, 0, self._num_batches]).random()
         kind: Kind = "video" if draw < self._clip_share else "image"
         frames_BTCHW = torch.stack([self._streams[kind].next_frames() for _ in range(self._sizes[kind])])
+        details = np.random.default_rng([self._seed, 1, self._num_batches, self._rank])
         self._num_batches += 1
+        sharper_BTHWC = sharpen_colours(
+            frames_BTCHW.permute(0, 1, 3, 4, 2), details.random((len(frames_BTCHW), NUM_DRAWS)), self._colour_detail
+        )
+        frames_BTCHW = sharper_BTHWC.permute(0, 1, 4, 2, 3)
         return (frames_BTCHW.pin_memory() if self._pin else frames_BTCHW).permute(0, 1, 3, 4, 2)
 
     def state(self) -> dict[str, Any]:

@@ -118,6 +118,12 @@ class BSQViT(nn.Module):
         pixels = self._pixels(quantized.codes)
         return Autoencoded(self._public(self._clamp(pixels)), self._public(pixels), quantized)
 
+    def apart(self, frames_BTHWC: Tensor, bits_BTNL: Tensor) -> tuple[Tensor, Tensor]:
+        """Each half by itself, for training: vectors before they are projected, fp32 [B, T, N, L], of `frames`, and
+        unclamped frames of the given bits."""
+        vectors_BTNL = self._vectors(self._planar(frames_BTHWC))
+        return vectors_BTNL, self._public(self._pixels(self.quantizer.to_codes(bits_BTNL)))
+
     def _vectors(self, frames_BTCHW: Tensor) -> Tensor:
         """What is projected to latents: fp32 [B, T, N, L]."""
         self._require_frames(frames_BTCHW)

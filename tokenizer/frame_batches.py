@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from schemas.errors import SpecError, printable
+from tokenizer.colour_detail import NUM_DRAWS, sharpen_colours
 from tokenizer.jpeg_frames import KEYS, decode_jpeg_frames
 from tokenizer.train_config import OptimizerPart, SamplingPart
 
-_KIND_DRAW, _ORDER_DRAW, _CROP_DRAW = range(3)
+_KIND_DRAW, _ORDER_DRAW, _CROP_DRAW, _DETAIL_DRAW = range(4)
 """First number after the seed of a generator, so that no two uses share one."""
 
 
@@ -95,9 +96,11 @@ class HeldFrames:
             self._crop(pool, self._item(pool, self._drawn[pool] + number), side, places[number])
             for number in range(first, first + self._batch[pool])
         ]
+        details = self._generator(_DETAIL_DRAW, pool, self._drawn[pool]).random((size, NUM_DRAWS))
         self._drawn[pool] += size
         self._num_batches += 1
-        return _resized(torch.stack(crops), self._size)
+        resized = _resized(torch.stack(crops), self._size)
+        return sharpen_colours(resized, details[first : first + len(crops)], self._sampling.colour_detail)
 
     def state(self) -> dict[str, Any]:
         return {"batches": self._num_batches, "drawn": list(self._drawn), "shapes": self._shapes()}

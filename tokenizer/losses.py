@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,9 @@ from tokenizer.quantizer import LOG_FLOOR, QuantizerLosses
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Of the five scales of MS-SSIM, from the finest (Wang, Simoncelli and Bovik 2003)."""
 SIGMA_PX = 1.5
+LOG_MSE_SCALE = 0.01
+LOG_MSE_FLOOR = 0.001
+"""36 dB: better pictures than that have no need to become better still."""
 LEAST_SIMILARITY = 1e-6
 """A root's slope is infinite at 0, and a scale's contrast may fall below it early in training."""
 
@@ -79,6 +82,19 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
     difference = to_uint8(x).float() - to_uint8(y).float()
     error = difference.square().flatten(1).mean(1)
     return 10 * torch.log10(255**2 / error.clamp_min(1e-10))
+
+
+def reconstruction_loss(kind: Literal["l1", "mse", "log_mse"], difference_BCHW: Tensor) -> Tensor:
+    """What pixels, from -1 to 1, are off: mean distance, mean square, or the mean over pictures of the square's log.
+
+    The last is the mean PSNR, but for its floor and scale: a picture of little detail counts as much as one of much.
+    Near its usual values, 0.01, its slope is that of the mean square."""
+    if kind == "l1":
+        return difference_BCHW.abs().mean()
+    if kind == "mse":
+        return difference_BCHW.square().mean()
+    floored_B = difference_BCHW.square().flatten(1).mean(1) + LOG_MSE_FLOOR
+    return LOG_MSE_SCALE * floored_B.log().mean()
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

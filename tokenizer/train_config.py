@@ -45,7 +45,10 @@ class ModelPart:
 class LossPart:
     """Weights of the losses; pixels go from -1 to 1."""
 
-    reconstruction: Literal["l1", "mse"] = "l1"
+    transform_code: bool = False
+    """Teach both halves a fixed transform code, each by itself, instead of each other; all other losses wait."""
+    reconstruction: Literal["l1", "mse", "log_mse"] = "l1"
+    """log_mse: the log of each picture's mean square, which is its PSNR."""
     reconstruction_weight: float = 1.0
     ms_ssim_weight: float = 0.0
     """Of 1 - MS-SSIM with a window of 7 taps."""
@@ -126,6 +129,8 @@ class SamplingPart:
     """Side of the crop as a share of the frame's short side; one side for a batch, a place for each sample."""
     flip: bool = True
     """Mirror half of the samples left to right."""
+    colour_detail: float = 0.0
+    """Share of samples whose colours are made as sharp as their brightness (tokenizer/colour_detail.py)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,6 +185,8 @@ class TrainConfig:
         )
         if not 0 <= self.sampling.clip_share <= 1:
             raise SpecError(f"sampling.clip_share is {self.sampling.clip_share}; it must be from 0 to 1.")
+        if not 0 <= self.sampling.colour_detail <= 1:
+            raise SpecError(f"sampling.colour_detail is {self.sampling.colour_detail}; it must be from 0 to 1.")
         low, high = self.sampling.crop_scale
         if not 0 < low <= high <= 1:
             raise SpecError(f"sampling.crop_scale is [{low}, {high}]; it must satisfy 0 < low <= high <= 1.")

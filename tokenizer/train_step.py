@@ -30,6 +30,7 @@ from tokenizer.losses import (
     psnr,
     quantizer_loss,
     r1_penalty,
+    reconstruction_loss,
 )
 from tokenizer.optimizers import make_optimizers
 from tokenizer.ranks import average_gradients, compute_dtype, copy_from_first_rank, num_ranks
@@ -84,7 +85,7 @@ class Learner:
 
         Gradients that are not finite change nothing, and `skipped` is 1."""
         rate = self._set_learning_rates(step)
-        real_BCHW = _pictures(frames_BTHWC.float() / 127.5 - 1)
+        real_BCHW = pictures(frames_BTHWC.float() / 127.5 - 1)
         metrics, fake_BCHW = self._tokenizer_gradients(frames_BTHWC, real_BCHW, step)
         parameters = list(self.model.parameters())
         average_gradients(parameters)
@@ -125,9 +126,9 @@ class Learner:
         output = self._autoencode(frames_BTHWC)
         self.usage.add(output.quantized.bits)
         # Losses see what was made before it is clamped: a clamped pixel would have no gradient.
-        fake_BCHW = _pictures(output.unclamped)
+        fake_BCHW = pictures(output.unclamped)
         difference = fake_BCHW - real_BCHW
-        pixel = difference.abs().mean() if part.reconstruction == "l1" else difference.square().mean()
+        pixel = reconstruction_loss(part.reconstruction, difference)
         quantizer, codebook_entropy = quantizer_loss(output.quantized.losses, self.model.quantizer.loss_config)
         entropy_weight = part.entropy_weight * ramp(step, start=part.entropy_start, steps=part.entropy_ramp_steps)
         metrics = {
@@ -249,6 +250,6 @@ class _Recomputed:
         return checkpoint(self._forward, *arguments, use_reentrant=False)
 
 
-def _pictures(frames_BTHWC: Tensor) -> Tensor:
+def pictures(frames_BTHWC: Tensor) -> Tensor:
     """All frames as planar pictures, [B * T, 3, H, W]."""
     return frames_BTHWC.permute(0, 1, 4, 2, 3).flatten(0, 1)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from schemas.errors import BsqError, SpecError, printable
 from tokenizer.checkpoint import save_checkpoint
+from tokenizer.code_start import NUM_FITTED, CodeLearner
 from tokenizer.frame_batches import Batches, HeldFrames, centre_frames, read_arrays
 from tokenizer.losses import ms_ssim, psnr, to_uint8
 from tokenizer.ranks import joined_ranks, num_ranks, rank
@@ -54,10 +55,21 @@ class Trainer(TrainLoop[Tensor]):
         In several processes each has its own `batches`; the first alone writes and is observed."""
         device = torch.device(device)
         self.config = config
-        self.learner = Learner(config, starting_model(config, device), device)
+        kind = CodeLearner if config.losses.transform_code else Learner
+        self.learner = kind(config, starting_model(config, device), device)
         super().__init__(config, self.learner, batches, out, device=device, observer=observer)
         self._validation = validation
         self._dead: list[int] = []
+
+    def begin(self, *, resume: bool) -> None:
+        """Take the output folder as every run does; a transform code is fitted to the first pictures drawn."""
+        super().begin(resume=resume)
+        if isinstance(self.learner, CodeLearner) and not self.learner.is_prepared:
+            self.tell(f"Fitting a transform code to {NUM_FITTED:,} pictures.")
+            drawn: list[Tensor] = []
+            while sum(frames.shape[0] * frames.shape[1] for frames in drawn) < NUM_FITTED:
+                drawn.append(self._batches.next_batch())
+            self.learner.prepare(torch.cat([frames.flatten(0, 1).unsqueeze(1) for frames in drawn]))
 
     def export(self, name: str) -> None:
         """Write the model as a tokenizer."""

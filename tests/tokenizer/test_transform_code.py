@@ -1,0 +1,142 @@
+"""The transform code keeps what it says, and a tokenizer learns it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from schemas.errors import SpecError
+from tests.tiny_training import CPU, frames
+from tests.tiny_training import settings as tiny_settings
+from tokenizer.bsqvit import BSQViT
+from tokenizer.checkpoint import from_pretrained
+from tokenizer.code_start import look_at_partners
+from tokenizer.config import preset_config
+from tokenizer.losses import psnr
+from tokenizer.trainer import Trainer, held_batches
+from tokenizer.transform_code import TransformCode
+
+
+def pictures(num: int, size: int = 32, seed: int = 0) -> torch.Tensor:
+    """Smooth colours with some grain, planar from -1 to 1."""
+    generator = torch.Generator().manual_seed(seed)
+    smooth = torch.from_numpy(frames(num, 1, size, seed)[:, 0]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return (smooth + 0.1 * torch.randn(smooth.shape, generator=generator)).clamp(-1, 1)
+
+
+@pytest.fixture(scope="module")
+def code() -> TransformCode:
+    return TransformCode.fit(pictures(600), patch_size=8, bits_per_token=18)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**31), rows=st.integers(1, 3), columns=st.integers(1, 3))
+def test_any_bits_are_read_back_from_the_picture_that_they_stand_for(
+    code: TransformCode, seed: int, rows: int, columns: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.rand(2, 4 * rows * columns, 18, generator=generator) < 0.5
+    assert torch.equal(code.encode(code.decode(bits, 16 * rows, 16 * columns)), bits)
+
+
+def test_a_block_of_patches_is_coded_better_than_its_patches_one_by_one() -> None:
+    seen, unseen = pictures(600), pictures(40, seed=1)
+    quality = {}
+    for block_tokens in (1, 2):
+        code = TransformCode.fit(seen, patch_size=8, bits_per_token=18, block_tokens=block_tokens, most_bits=6)
+        made = code.decode(code.encode(unseen), 32, 32)
+        quality[block_tokens] = float(psnr(made.clamp(-1, 1), unseen.clamp(-1, 1)).mean())
+    assert quality[2] > quality[1] + 0.3
+    assert quality[2] > 20
+
+
+def test_a_wrong_bit_costs_least_where_the_code_says_it_matters_least(code: TransformCode) -> None:
+    unseen = pictures(60, seed=2)
+    bits = code.encode(unseen)
+    costs = []
+    for bit in range(18):
+        flipped = bits.clone()
+        flipped[..., bit] ^= True
+        costs.append(float((code.decode(flipped, 32, 32) - unseen).square().mean()))
+    weights = code.weights(32, 32)
+    assert weights.shape == (16, 18) and float(weights.mean()) == pytest.approx(1, abs=1e-5)
+    order = torch.tensor(costs).argsort()
+    assert float(weights.mean(0)[order[:6]].mean()) < 0.5 * float(weights.mean(0)[order[-6:]].mean())
+
+
+def test_all_bits_are_dealt_out_once_and_coefficients_stay_whole(code: TransformCode) -> None:
+    pairs = list(zip(code.coefficient_SL.flatten().tolist(), code.shift_SL.flatten().tolist(), strict=True))
+    assert len(set(pairs)) == len(pairs) == 4 * 18
+    tokens = [set(row) for row in code.coefficient_SL.tolist()]
+    shared = sum(len(tokens[i] & tokens[j]) for i in range(4) for j in range(i))
+    assert shared <= 3
+
+
+def test_what_cannot_be_cut_or_fitted_is_refused() -> None:
+    with pytest.raises(SpecError, match="cannot be cut into blocks of 16 px"):
+        TransformCode.fit(pictures(10, 40), patch_size=8, bits_per_token=18)
+    with pytest.raises(SpecError, match="at least 1,536 blocks"):
+        TransformCode.fit(pictures(10), patch_size=8, bits_per_token=18)
+
+
+def test_heads_begin_with_looking_at_one_partner_each() -> None:
+    config = preset_config("vit-small-128-l18")
+    model = BSQViT(config, seed=0)
+    half = model.encoder.transformer
+    look_at_partners(half, config.grid, seed=0)
+    features = torch.randn(1, 4, 256, 192, generator=torch.Generator().manual_seed(0))
+    first = half.blocks[0]
+    with torch.no_grad():
+        for num_frames in (1, 4):
+            clip = features[:, :num_frames] + half.position + half.temporal[:num_frames, None]
+            x = first.attention_norm(half.norm_in(clip).flatten(1, 2))
+            query, key, _ = torch.unflatten(first.attention.qkv(x), -1, (3, 3, -1)).permute(2, 0, 3, 1, 4)
+            weights = (query @ key.transpose(-1, -2) / 8).softmax(-1)[0]
+            place = 256 * (num_frames - 1) + torch.arange(256)
+            for head, exchanged in enumerate((1, 16, 17)):
+                assert float(weights[head, place, place ^ exchanged].mean()) > 0.25
+    with pytest.raises(SpecError, match="transform_code to false"):
+        look_at_partners(half, (15, 15), seed=0)
+
+
+def test_a_tokenizer_learns_the_code_and_resumes_on_the_same_losses(tmp_path) -> None:
+    arrays = [frames(300, 1, seed=3)]
+
+    def run(out, steps, resume=False):
+        config = tiny_settings(
+            losses={"transform_code": True},
+            optimizer={"steps": 60, "learning_rate": 3e-3, "warmup_steps": 5, "batch_images": 16},
+            run={"save_every": 20},
+        )
+        trainer = Trainer(config, held_batches(config, arrays, CPU), out)
+        trainer.begin(resume=resume)
+        if steps < 60:
+            update = trainer.learner.update
+
+            def counted(batch, step):
+                if step + 1 == steps:
+                    raise KeyboardInterrupt
+                return update(batch, step)
+
+            trainer.learner.update = counted
+            with pytest.raises(KeyboardInterrupt):
+                trainer.run()
+        else:
+            trainer.run()
+
+    def log(out):
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return [(line["loss"], line["wrong_bits"], line["mse"]) for line in lines]
+
+    run(tmp_path / "whole", 60)
+    whole = log(tmp_path / "whole")
+    assert whole[-1][1] < 0.85 * whole[0][1]
+    assert whole[-1][2] < 0.95 * whole[0][2]
+    run(tmp_path / "cut", 33)
+    run(tmp_path / "cut", 60, resume=True)
+    assert log(tmp_path / "cut") == whole
+    from_pretrained(tmp_path / "whole" / "tokenizer")
