@@ -118,11 +118,13 @@ class BSQViT(nn.Module):
         pixels = self._pixels(quantized.codes)
         return Autoencoded(self._public(self._clamp(pixels)), self._public(pixels), quantized)
 
-    def apart(self, frames_BTHWC: Tensor, bits_BTNL: Tensor) -> tuple[Tensor, Tensor]:
-        """Each half by itself, for training: vectors before they are projected, fp32 [B, T, N, L], of `frames`, and
-        unclamped frames of the given bits."""
-        vectors_BTNL = self._vectors(self._planar(frames_BTHWC))
-        return vectors_BTNL, self._public(self._pixels(self.quantizer.to_codes(bits_BTNL)))
+    def vectors(self, frames_BTHWC: Tensor) -> Tensor:
+        """What latents are projected from, fp32 [B, T, N, L], with gradients: its signs are the bits."""
+        return self._vectors(self._planar(frames_BTHWC))
+
+    def render(self, bits_BTNL: Tensor) -> Tensor:
+        """Unclamped frames of bits [B, T, N, L], with gradients in the decoder."""
+        return self._public(self._pixels(self.quantizer.to_codes(bits_BTNL)))
 
     def _vectors(self, frames_BTCHW: Tensor) -> Tensor:
         """What is projected to latents: fp32 [B, T, N, L]."""

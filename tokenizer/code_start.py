@@ -47,7 +47,6 @@ class CodeLearner(Learner):
     def __init__(self, config: TrainConfig, model: BSQViT, device: torch.device) -> None:
         super().__init__(config, model, device)
         self._code: TransformCode | None = None
-        self._weights_NL = torch.empty(0)
 
     @property
     def is_prepared(self) -> bool:
@@ -93,28 +92,29 @@ class CodeLearner(Learner):
         if num_ranks() > 1:
             for each in _arrays(code).values():
                 dist.broadcast(each, 0)
-        size = self.model.config.image_size
-        self._code, self._weights_NL = code, code.weights(size, size)
+        self._code = code
 
     def _tokenizer_gradients(self, frames_BTHWC: Tensor, real_BCHW: Tensor, step: int) -> tuple[Metrics, Tensor]:
         assert self._code is not None
-        bits_BTNL = torch.unflatten(self._code.encode(real_BCHW), 0, frames_BTHWC.shape[:2])
-        vectors_BTNL, made_BTHWC = self.model.apart(frames_BTHWC, bits_BTNL)
+        bits_BTNL, weights_BTNL = (
+            torch.unflatten(each, 0, frames_BTHWC.shape[:2])
+            for each in (self._code.encode(real_BCHW), self._code.weights(real_BCHW))
+        )
+        vectors_BTNL = self.model.vectors(frames_BTHWC)
         said_BTNL = vectors_BTNL.detach() > 0
         self.usage.add(said_BTNL)
+        # First the code as it should be, then as the encoder has it.
+        has_own = step >= self.config.losses.own_bits_from * self.config.optimizer.steps
+        made_BTHWC = self.model.render(said_BTNL if has_own else bits_BTNL)
         fake_BCHW = pictures(made_BTHWC)
+        similarity, metrics = self._similarity(fake_BCHW, real_BCHW)
         errors = F.binary_cross_entropy_with_logits(vectors_BTNL, bits_BTNL.float(), reduction="none")
-        cross_entropy = (errors * self._weights_NL).mean()
-        mse = (fake_BCHW - real_BCHW).square().mean()
-        total = cross_entropy + mse
+        metrics["bit_cross_entropy"] = (errors * weights_BTNL).mean()
+        total = similarity + metrics["bit_cross_entropy"]
         torch.autograd.backward(total)
-        metrics = {
-            "loss": total,
-            "mse": mse,
-            "bit_cross_entropy": cross_entropy,
-            "wrong_bits": (said_BTNL != bits_BTNL).float().mean(),
-            "psnr": psnr(made_BTHWC.detach().clamp(-1, 1), frames_BTHWC).mean(),
-        }
+        metrics["loss"] = total
+        metrics["wrong_bits"] = (said_BTNL != bits_BTNL).float().mean()
+        metrics["psnr"] = psnr(made_BTHWC.detach().clamp(-1, 1), frames_BTHWC).mean()
         return {name: value.detach() for name, value in metrics.items()}, fake_BCHW
 
 

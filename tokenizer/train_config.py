@@ -46,7 +46,10 @@ class LossPart:
     """Weights of the losses; pixels go from -1 to 1."""
 
     transform_code: bool = False
-    """Teach both halves a fixed transform code, each by itself, instead of each other; all other losses wait."""
+    """Teach both halves a fixed transform code, each by itself, instead of each other; what judges reconstructions
+    teaches the decoder, all other losses wait."""
+    own_bits_from: float = 0.5
+    """With `transform_code`, share of the steps after which the decoder is given the encoder's bits."""
     reconstruction: Literal["l1", "mse", "log_mse"] = "l1"
     """log_mse: the log of each picture's mean square, which is its PSNR."""
     reconstruction_weight: float = 1.0

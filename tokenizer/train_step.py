@@ -127,20 +127,15 @@ class Learner:
         self.usage.add(output.quantized.bits)
         # Losses see what was made before it is clamped: a clamped pixel would have no gradient.
         fake_BCHW = pictures(output.unclamped)
-        difference = fake_BCHW - real_BCHW
-        pixel = reconstruction_loss(part.reconstruction, difference)
+        similarity, metrics = self._similarity(fake_BCHW, real_BCHW)
         quantizer, codebook_entropy = quantizer_loss(output.quantized.losses, self.model.quantizer.loss_config)
         entropy_weight = part.entropy_weight * ramp(step, start=part.entropy_start, steps=part.entropy_ramp_steps)
-        metrics = {
-            part.reconstruction: pixel,
+        metrics |= {
             "quantizer": quantizer,
             "codebook_entropy": codebook_entropy,
             "sample_entropy": output.quantized.losses.sample_entropy,
         }
-        total = part.reconstruction_weight * pixel + entropy_weight * quantizer
-        if part.ms_ssim_weight:
-            metrics["ms_ssim"] = ms_ssim(fake_BCHW, real_BCHW, taps=7).mean()
-            total = total + part.ms_ssim_weight * (1 - metrics["ms_ssim"])
+        total = similarity + entropy_weight * quantizer
         if self.perceptual is not None:
             with self._autocast():
                 metrics["lpips"] = self.perceptual(fake_BCHW, real_BCHW).mean()
@@ -156,6 +151,17 @@ class Learner:
         metrics["loss"] = total
         metrics["psnr"] = psnr(output.frames.detach(), frames_BTHWC).mean()
         return {name: value.detach() for name, value in metrics.items()}, fake_BCHW
+
+    def _similarity(self, fake_BCHW: Tensor, real_BCHW: Tensor) -> tuple[Tensor, Metrics]:
+        """How far pictures are from what they should be: the weighted sum that is minimised, and its parts."""
+        part = self.config.losses
+        pixel = reconstruction_loss(part.reconstruction, fake_BCHW - real_BCHW)
+        metrics: Metrics = {part.reconstruction: pixel}
+        total = part.reconstruction_weight * pixel
+        if part.ms_ssim_weight:
+            metrics["ms_ssim"] = ms_ssim(fake_BCHW, real_BCHW, taps=7).mean()
+            total = total + part.ms_ssim_weight * (1 - metrics["ms_ssim"])
+        return total, metrics
 
     def _update_discriminator(self, real_BCHW: Tensor, fake_BCHW: Tensor, step: int) -> Metrics:
         assert self.discriminator is not None and self.discriminator_optimizer is not None

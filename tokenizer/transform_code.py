@@ -1,12 +1,13 @@
 """A transform code that fills the tokens of a grid: what a tokenizer can learn before it finds better.
 
-Pictures are cut into blocks of several patches.  A block's Karhunen-Loeve coefficients are quantized by Lloyd-Max
-quantizers; the bits of its tokens go one by one to the coefficient where they save most squared error.  Levels are
-counted in Gray code, so that a wrong bit beside a threshold is an error of one step, and a coefficient's bits stay in
-one token where they fit.
+Pictures are cut into blocks of several patches, and blocks are of one of a few classes, by the energy of their
+detail.  A block's Karhunen-Loeve coefficients are quantized by Lloyd-Max quantizers of its class.  In each class the
+bits of a block's tokens go one by one to the coefficient where they save most squared error, so that a plain block has
+fine steps and a busy one many coefficients.  Levels are counted in Gray code, so that a wrong bit beside a threshold is
+an error of one step; a coefficient's bits stay in one token where they fit, and in the same place in all classes.
 
-Shape letters: B pictures, H W pixels, V values of a block, M blocks, K coefficients, Q levels, S tokens of a block,
-N tokens of a picture, L bits per token."""
+Shape letters: B pictures, H W pixels, V values of a block, M blocks, C classes, K coefficients, Q levels, S tokens of a
+block, N tokens of a picture, L bits per token."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ from schemas.errors import SpecError
 
 NUM_ITERATIONS = 20
 MOST_BLOCKS = 60_000
-"""Of which the covariance is taken; quantizers come from a third of them."""
+"""To which the code is fitted."""
+NUM_PLAIN = 3
+"""The strongest coefficients, brightness and colour, say nothing of how busy a block is."""
+LEAST_ENERGY = 1e-4
 
 
 @dataclass(frozen=True)
@@ -31,20 +35,29 @@ class TransformCode:
     """Patches along a block's side."""
     mean_V: Tensor
     basis_VK: Tensor
-    """Orthonormal columns, K = S * L; those that no bit goes to are not used."""
-    thresholds_KQ: Tensor
-    """Infinite where a coefficient has fewer levels."""
-    levels_KQ: Tensor
-    coefficient_SL: Tensor
+    """Orthonormal columns."""
+    edges_C: Tensor
+    """Of the classes, one fewer than these: logarithms of energy."""
+    thresholds_CKQ: Tensor
+    """Infinite where a coefficient has fewer levels; the last coefficient is the class itself."""
+    levels_CKQ: Tensor
+    coefficient_CSL: Tensor
     """Which coefficient each bit of a block belongs to."""
-    shift_SL: Tensor
+    shift_CSL: Tensor
     """And its place in that coefficient's Gray code."""
-    saved_SL: Tensor
+    saved_CSL: Tensor
     """Mean squared error of a coefficient that the bit saves."""
 
     @classmethod
     def fit(
-        cls, frames_BCHW: Tensor, *, patch_size: int, bits_per_token: int, block_tokens: int = 2, most_bits: int = 5
+        cls,
+        frames_BCHW: Tensor,
+        *,
+        patch_size: int,
+        bits_per_token: int,
+        block_tokens: int = 2,
+        num_classes: int = 8,
+        most_bits: int = 6,
     ) -> TransformCode:
         """The code of pictures like these, planar floats; `most_bits` is the most that one coefficient gets.
 
@@ -53,83 +66,101 @@ class TransformCode:
         if any(side % block for side in frames_BCHW.shape[-2:]):
             raise SpecError(f"pictures of {tuple(frames_BCHW.shape[-2:])} px cannot be cut into blocks of {block} px.")
         blocks_MV = _spread(_cut(frames_BCHW, block), MOST_BLOCKS)
-        num_coefficients = min(num_tokens * bits_per_token, blocks_MV.shape[1])
-        if len(blocks_MV) < 2 * blocks_MV.shape[1]:
+        class_bits = (num_classes - 1).bit_length()
+        needed = 2 * max(blocks_MV.shape[1], num_classes * 2**most_bits)
+        if len(blocks_MV) < needed:
             raise SpecError(
-                f"a transform code of {block} px blocks needs at least {2 * blocks_MV.shape[1]:,} blocks to be fitted "
-                f"to; there are {len(blocks_MV):,}. Give more pictures."
+                f"a transform code of {block} px blocks needs at least {needed:,} blocks to be fitted to; there are "
+                f"{len(blocks_MV):,}. Give more pictures."
             )
         mean_V = blocks_MV.mean(0)
         centred_MV = blocks_MV - mean_V
         _, vectors = torch.linalg.eigh(centred_MV.T @ centred_MV / len(centred_MV))
-        basis_VK = vectors.flip(1)[:, :num_coefficients].contiguous()
-        samples_KM = (_spread(centred_MV, MOST_BLOCKS // 3) @ basis_VK).T.contiguous()
-        books = [_Quantizers(samples_M, most_bits) for samples_M in samples_KM]
-        bits = _allocate(books, num_tokens * bits_per_token)
-        coefficient_SL, shift_SL = _deal(bits, num_tokens, bits_per_token)
-        number_of_levels = 2**most_bits
-        thresholds_KQ = basis_VK.new_full((num_coefficients, number_of_levels - 1), torch.inf)
-        levels_KQ = basis_VK.new_zeros(num_coefficients, number_of_levels)
-        for number, count in enumerate(bits):
-            levels_KQ[number, : 2**count] = books[number].levels(count)
-            thresholds_KQ[number, : 2**count - 1] = _thresholds(books[number].levels(count))
-        saved_SL = torch.tensor(
-            [
-                [books[k].saved(bits[k] - 1 - shift) for k, shift in zip(*row, strict=True)]
-                for row in zip(coefficient_SL.tolist(), shift_SL.tolist(), strict=True)
-            ],
-            device=basis_VK.device,
+        num_bits = num_tokens * bits_per_token - class_bits
+        basis_VK = vectors.flip(1)[:, :num_bits].contiguous()
+        coefficients_MK = centred_MV @ basis_VK
+        energy_M = _energy(coefficients_MK)
+        edges_C = torch.quantile(energy_M, torch.arange(1, num_classes, device=energy_M.device) / num_classes)
+        class_M = torch.bucketize(energy_M, edges_C)
+        books = [
+            [_Quantizers(samples_M, most_bits) for samples_M in coefficients_MK[class_M == number].T.contiguous()]
+            for number in range(num_classes)
+        ]
+        allocated = [_allocate(each, num_bits) for each in books]
+        coefficient_CSL, shift_CSL = _deal(allocated, class_bits, num_tokens, bits_per_token)
+        num_coefficients = basis_VK.shape[1]
+        thresholds_CKQ = basis_VK.new_full((num_classes, num_coefficients, 2**most_bits - 1), torch.inf)
+        levels_CKQ = basis_VK.new_zeros(num_classes, num_coefficients, 2**most_bits)
+        saved: dict[tuple[int, int, int], float] = {}
+        for number, (each, bits) in enumerate(zip(books, allocated, strict=True)):
+            for coefficient, count in enumerate(bits):
+                levels_CKQ[number, coefficient, : 2**count] = each[coefficient].levels(count)
+                thresholds_CKQ[number, coefficient, : 2**count - 1] = _thresholds(each[coefficient].levels(count))
+                saved |= {(number, coefficient, s): each[coefficient].saved(count - 1 - s) for s in range(count)}
+        # With the wrong class everything is wrong.
+        saved |= {
+            (number, num_coefficients, s): each[0].saved(0) / 2 ** (class_bits - 1 - s)
+            for number, each in enumerate(books)
+            for s in range(class_bits)
+        }
+        places = torch.stack([coefficient_CSL, shift_CSL], -1).tolist()
+        saved_CSL = torch.tensor(
+            [[[saved[number, k, s] for k, s in token] for token in block] for number, block in enumerate(places)]
         )
+        device = basis_VK.device
         return cls(
-            patch_size, block_tokens, mean_V, basis_VK, thresholds_KQ, levels_KQ,
-            coefficient_SL.to(basis_VK.device), shift_SL.to(basis_VK.device), saved_SL,
+            patch_size, block_tokens, mean_V, basis_VK, edges_C, thresholds_CKQ, levels_CKQ,
+            coefficient_CSL.to(device), shift_CSL.to(device), saved_CSL.to(device),
         )  # fmt: skip
 
     @torch.no_grad()
     def encode(self, frames_BCHW: Tensor) -> Tensor:
         """Bits, bool [B, N, L], of planar float pictures."""
-        blocks_MV = _cut(frames_BCHW, self._block)
-        coefficients_MK = (blocks_MV - self.mean_V) @ self.basis_VK
-        place_MK = (coefficients_MK[..., None] > self.thresholds_KQ).sum(-1)
+        coefficients_MK, class_M = self._analyse(frames_BCHW)
+        place_MK = (coefficients_MK[..., None] > self.thresholds_CKQ[class_M]).sum(-1)
+        place_MK = torch.cat([place_MK, class_M[:, None]], 1)
         gray_MK = place_MK ^ (place_MK >> 1)
-        bits_MSL = (gray_MK[:, self.coefficient_SL] >> self.shift_SL) & 1
-        return self._to_grid(bits_MSL.bool(), frames_BCHW)
+        of_bit_MP = gray_MK.gather(1, self.coefficient_CSL[class_M].flatten(1))
+        bits_MP = (of_bit_MP >> self.shift_CSL[class_M].flatten(1)) & 1
+        return self._to_grid(bits_MP.bool(), frames_BCHW)
 
     @torch.no_grad()
     def decode(self, bits_BNL: Tensor, height: int, width: int) -> Tensor:
         """Planar float pictures [B, 3, height, width] of bits."""
         rows, columns = height // self._block, width // self._block
         side = self.block_tokens
-        bits_MSL = bits_BNL.reshape(len(bits_BNL), rows, side, columns, side, -1).transpose(2, 3).flatten(3, 4)
-        bits_MSL = bits_MSL.flatten(0, 2)
-        gray_MK = bits_MSL.new_zeros(len(bits_MSL), self.levels_KQ.shape[0], dtype=torch.long)
-        gray_MK.index_add_(1, self.coefficient_SL.flatten(), (bits_MSL.long() << self.shift_SL).flatten(1))
-        place_MK = gray_MK.clone()
-        for shift in range(1, self.levels_KQ.shape[1].bit_length()):
-            place_MK ^= gray_MK >> shift
-        coefficients_MK = self.levels_KQ.gather(1, place_MK.T).T
+        bits_MP = bits_BNL.reshape(len(bits_BNL), rows, side, columns, side, -1).transpose(2, 3).flatten(3)
+        bits_MP = bits_MP.flatten(0, 2).long()
+        # The bits of the class lie in the same place in all classes.
+        says_class_P = self.coefficient_CSL[0].flatten() == self.basis_VK.shape[1]
+        class_M = _from_gray((bits_MP[:, says_class_P] << self.shift_CSL[0].flatten()[says_class_P]).sum(1))
+        class_M = class_M.clamp_max(len(self.levels_CKQ) - 1)
+        gray_MK = bits_MP.new_zeros(len(bits_MP), self.basis_VK.shape[1] + 1)
+        gray_MK.scatter_add_(1, self.coefficient_CSL[class_M].flatten(1), bits_MP << self.shift_CSL[class_M].flatten(1))
+        place_MK = _from_gray(gray_MK[:, :-1])
+        coefficients_MK = self.levels_CKQ[class_M].gather(2, place_MK[..., None]).squeeze(-1)
         blocks_MV = coefficients_MK @ self.basis_VK.T + self.mean_V
         cut = blocks_MV.reshape(len(bits_BNL), rows, columns, 3, self._block, self._block)
         return cut.permute(0, 3, 1, 4, 2, 5).reshape(len(bits_BNL), 3, height, width)
 
-    def weights(self, height: int, width: int) -> Tensor:
-        """How much each bit of a picture matters, [N, L], mean 1: the root of the error that it saves."""
-        root_SL = self.saved_SL.clamp_min(0).sqrt()
-        rows, columns = height // self._block, width // self._block
-        each = (root_SL / root_SL.mean()).expand(rows * columns, -1, -1)
-        return self._grid(each, 1, rows, columns)[0]
+    def weights(self, frames_BCHW: Tensor) -> Tensor:
+        """How much each bit of these pictures matters, [B, N, L], about 1 on average: roots of the errors saved."""
+        root_CSL = self.saved_CSL.clamp_min(0).sqrt()
+        _, class_M = self._analyse(frames_BCHW)
+        return self._to_grid((root_CSL / root_CSL.mean())[class_M].flatten(1), frames_BCHW)
+
+    def _analyse(self, frames_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        coefficients_MK = (_cut(frames_BCHW, self._block) - self.mean_V) @ self.basis_VK
+        return coefficients_MK, torch.bucketize(_energy(coefficients_MK), self.edges_C)
 
     @property
     def _block(self) -> int:
         return self.patch_size * self.block_tokens
 
-    def _to_grid(self, values_MSL: Tensor, frames_BCHW: Tensor) -> Tensor:
-        rows, columns = (side // self._block for side in frames_BCHW.shape[-2:])
-        return self._grid(values_MSL, len(frames_BCHW), rows, columns)
-
-    def _grid(self, values_MSL: Tensor, num_pictures: int, rows: int, columns: int) -> Tensor:
+    def _to_grid(self, values_MP: Tensor, frames_BCHW: Tensor) -> Tensor:
+        rows, columns = (size // self._block for size in frames_BCHW.shape[-2:])
         side = self.block_tokens
-        blocks = values_MSL.reshape(num_pictures, rows, columns, side, side, -1)
+        blocks = values_MP.reshape(len(frames_BCHW), rows, columns, side, side, -1)
         return blocks.transpose(2, 3).flatten(1, 4)
 
 
@@ -177,22 +208,57 @@ def _allocate(books: list[_Quantizers], num_bits: int) -> list[int]:
     return bits
 
 
-def _deal(bits: list[int], num_tokens: int, bits_per_token: int) -> tuple[Tensor, Tensor]:
-    """Which bit of which coefficient each place of a block's tokens holds."""
-    places: list[list[tuple[int, int]]] = [[] for _ in range(num_tokens)]
+def _deal(allocated: list[list[int]], class_bits: int, num_tokens: int, bits_per_token: int) -> tuple[Tensor, Tensor]:
+    """Which bit of which coefficient each place of a block's tokens holds, in each class.
 
-    def emptiest() -> list[tuple[int, int]]:
-        return min(places, key=len)
+    From the middle class outwards, each keeps what it shares with its neighbour where that has it."""
+    num_coefficients, middle = len(allocated[0]), len(allocated) // 2
+    of_class = {(num_coefficients, shift): (shift % num_tokens, shift // num_tokens) for shift in range(class_bits)}
+    places: dict[int, dict[tuple[int, int], tuple[int, int]]] = {}
+    for number in sorted(range(len(allocated)), key=lambda number: abs(number - middle)):
+        wanted = [
+            (coefficient, shift)
+            for coefficient in sorted(range(num_coefficients), key=lambda each: -allocated[number][each])
+            for shift in reversed(range(allocated[number][coefficient]))
+        ]
+        neighbour = places[min(places, key=lambda other: abs(other - number))] if places else {}
+        kept = of_class | {bit: neighbour[bit] for bit in wanted if bit in neighbour}
+        used = set(kept.values())
+        free: list[list[int]] = [
+            [place for place in range(bits_per_token) if (token, place) not in used] for token in range(num_tokens)
+        ]
+        home = {coefficient: token for (coefficient, _), (token, _) in kept.items()}
+        for coefficient, shift in wanted:
+            if (coefficient, shift) in kept:
+                continue
+            rest = allocated[number][coefficient]
+            token = home.get(coefficient, -1)
+            if token < 0 or not free[token]:
+                # The first token with room for the whole coefficient, else the one with the most.
+                roomiest = max(range(num_tokens), key=lambda each: len(free[each]))
+                token = next((each for each in range(num_tokens) if len(free[each]) >= rest), roomiest)
+            home[coefficient] = token
+            kept[coefficient, shift] = (token, free[token].pop(0))
+        places[number] = kept
+    coefficient_CSL = torch.zeros(len(allocated), num_tokens, bits_per_token, dtype=torch.long)
+    shift_CSL = torch.zeros_like(coefficient_CSL)
+    for number, held in places.items():
+        for (coefficient, shift), (token, place) in held.items():
+            coefficient_CSL[number, token, place] = coefficient
+            shift_CSL[number, token, place] = shift
+    return coefficient_CSL, shift_CSL
 
-    for coefficient in sorted(range(len(bits)), key=lambda number: -bits[number]):
-        each = [(coefficient, shift) for shift in reversed(range(bits[coefficient]))]
-        if len(emptiest()) + len(each) <= bits_per_token:
-            emptiest().extend(each)
-        else:
-            for one in each:
-                emptiest().append(one)
-    dealt = torch.tensor(places)
-    return dealt[..., 0], dealt[..., 1]
+
+def _energy(coefficients_MK: Tensor) -> Tensor:
+    """Logarithm of the energy of a block's detail."""
+    return (coefficients_MK[:, NUM_PLAIN:].square().sum(1) + LEAST_ENERGY).log()
+
+
+def _from_gray(gray: Tensor) -> Tensor:
+    number = gray.clone()
+    for shift in range(1, 8):
+        number ^= gray >> shift
+    return number
 
 
 def _cut(frames_BCHW: Tensor, block: int) -> Tensor:

@@ -30,50 +30,73 @@ def pictures(num: int, size: int = 32, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def code() -> TransformCode:
-    return TransformCode.fit(pictures(600), patch_size=8, bits_per_token=18)
+    return TransformCode.fit(pictures(600), patch_size=8, bits_per_token=18, most_bits=5)
+
+
+@pytest.fixture(scope="module")
+def plain_code() -> TransformCode:
+    return TransformCode.fit(pictures(600), patch_size=8, bits_per_token=18, num_classes=1)
+
+
+def quality(code: TransformCode, frames_BCHW: torch.Tensor) -> float:
+    made = code.decode(code.encode(frames_BCHW), *frames_BCHW.shape[-2:])
+    return float(psnr(made.clamp(-1, 1), frames_BCHW).mean())
 
 
 @settings(deadline=None)
 @given(seed=st.integers(0, 2**31), rows=st.integers(1, 3), columns=st.integers(1, 3))
 def test_any_bits_are_read_back_from_the_picture_that_they_stand_for(
-    code: TransformCode, seed: int, rows: int, columns: int
+    plain_code: TransformCode, seed: int, rows: int, columns: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     bits = torch.rand(2, 4 * rows * columns, 18, generator=generator) < 0.5
-    assert torch.equal(code.encode(code.decode(bits, 16 * rows, 16 * columns)), bits)
+    assert torch.equal(plain_code.encode(plain_code.decode(bits, 16 * rows, 16 * columns)), bits)
 
 
-def test_a_block_of_patches_is_coded_better_than_its_patches_one_by_one() -> None:
-    seen, unseen = pictures(600), pictures(40, seed=1)
-    quality = {}
-    for block_tokens in (1, 2):
-        code = TransformCode.fit(seen, patch_size=8, bits_per_token=18, block_tokens=block_tokens, most_bits=6)
-        made = code.decode(code.encode(unseen), 32, 32)
-        quality[block_tokens] = float(psnr(made.clamp(-1, 1), unseen.clamp(-1, 1)).mean())
-    assert quality[2] > quality[1] + 0.3
-    assert quality[2] > 20
+def test_a_picture_is_decoded_alike_whatever_its_neighbours_are(code: TransformCode) -> None:
+    seen = pictures(8, 48, seed=4)
+    together = code.decode(code.encode(seen), 48, 48)
+    for number in range(8):
+        block = seen[number : number + 1, :, 16:32, 32:48]
+        alone = code.decode(code.encode(block), 16, 16)
+        assert torch.allclose(together[number, :, 16:32, 32:48], alone[0], atol=1e-5)
 
 
-def test_a_wrong_bit_costs_least_where_the_code_says_it_matters_least(code: TransformCode) -> None:
+def test_blocks_and_classes_of_them_each_make_better_pictures_of_as_many_bits(plain_code: TransformCode) -> None:
+    flat = pictures(600)
+    flat[::2] = flat[::2] * 0.1 + 0.3
+    unseen = torch.cat([pictures(20, seed=1), pictures(20, seed=2) * 0.1 + 0.3])
+    options = {"patch_size": 8, "bits_per_token": 18}
+    patches = quality(TransformCode.fit(flat, block_tokens=1, num_classes=1, **options), unseen)
+    blocks = quality(TransformCode.fit(flat, num_classes=1, **options), unseen)
+    classes = quality(TransformCode.fit(flat, num_classes=8, **options), unseen)
+    assert patches + 0.3 < blocks < classes - 0.3
+
+
+def test_a_wrong_bit_costs_least_where_the_code_says_it_matters_least(plain_code: TransformCode) -> None:
     unseen = pictures(60, seed=2)
-    bits = code.encode(unseen)
+    bits = plain_code.encode(unseen)
     costs = []
     for bit in range(18):
         flipped = bits.clone()
         flipped[..., bit] ^= True
-        costs.append(float((code.decode(flipped, 32, 32) - unseen).square().mean()))
-    weights = code.weights(32, 32)
-    assert weights.shape == (16, 18) and float(weights.mean()) == pytest.approx(1, abs=1e-5)
+        costs.append(float((plain_code.decode(flipped, 32, 32) - unseen).square().mean()))
+    weights = plain_code.weights(unseen)
+    assert weights.shape == bits.shape and float(weights.mean()) == pytest.approx(1, abs=1e-5)
     order = torch.tensor(costs).argsort()
-    assert float(weights.mean(0)[order[:6]].mean()) < 0.5 * float(weights.mean(0)[order[-6:]].mean())
+    assert float(weights[..., order[:6]].mean()) < 0.5 * float(weights[..., order[-6:]].mean())
 
 
 def test_all_bits_are_dealt_out_once_and_coefficients_stay_whole(code: TransformCode) -> None:
-    pairs = list(zip(code.coefficient_SL.flatten().tolist(), code.shift_SL.flatten().tolist(), strict=True))
-    assert len(set(pairs)) == len(pairs) == 4 * 18
-    tokens = [set(row) for row in code.coefficient_SL.tolist()]
-    shared = sum(len(tokens[i] & tokens[j]) for i in range(4) for j in range(i))
-    assert shared <= 3
+    for coefficients, shifts in zip(code.coefficient_CSL, code.shift_CSL, strict=True):
+        pairs = list(zip(coefficients.flatten().tolist(), shifts.flatten().tolist(), strict=True))
+        assert len(set(pairs)) == len(pairs) == 4 * 18
+        tokens = [set(row) for row in coefficients.tolist()]
+        assert sum(len(tokens[i] & tokens[j]) for i in range(4) for j in range(i)) <= 12
+    says_class = code.coefficient_CSL == code.basis_VK.shape[1]
+    assert int(says_class[0].sum()) == 3 and (says_class == says_class[0]).all()
+    alike = (code.coefficient_CSL == code.coefficient_CSL[4]) & (code.shift_CSL == code.shift_CSL[4])
+    assert float(alike.float().mean()) > 0.6
 
 
 def test_what_cannot_be_cut_or_fitted_is_refused() -> None:
