@@ -40,7 +40,7 @@ CHANGES: dict[str, tuple[int | None, int | None, int | None, int | None]] = {
     "steps",
     [
         pytest.param(["after_temp", "in_ledger", "after_manifest"], id="some-steps"),
-        pytest.param(STEPS, id="every-step", marks=pytest.mark.long),
+        pytest.param(STEPS, id="every-step", marks=pytest.mark.longest),
     ],
 )
 def test_a_driver_killed_at_one_step_after_another_leaves_a_dataset_that_resume_completes(

@@ -13,6 +13,7 @@ OTHER_KERNELS = {"ATEN_CPU_CAPABILITY": "default"}
 """PyTorch's plainest kernels, which the arithmetic of a record tells from those for wide vectors."""
 
 
+@pytest.mark.long
 def test_another_arithmetic_is_refused_where_one_is_asked_for_and_commits_nothing(
     small_shards: list[Path], tmp_path: Path, bsq: RunBsq
 ) -> None:
