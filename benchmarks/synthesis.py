@@ -32,6 +32,7 @@ from tokenizer.bsqvit import BSQViT
 from tokenizer.checkpoint import from_pretrained
 from tokenizer.frechet import FeatureStatistics, frechet_distance
 from tokenizer.generator_checkpoint import build_generator, read_generator
+from tokenizer.losses import to_uint8
 from tokenizer.unmasking import SamplingOptions, sample_tokens
 
 SIDE = 64
@@ -200,7 +201,7 @@ def through(tokenizer: BSQViT, pictures: Pictures) -> Tensor:
 def decode(tokenizer: BSQViT, bits_NhwL: Tensor) -> Tensor:
     """uint8 [N, 3, S, S]."""
     frames = torch.cat([tokenizer.decode(part.unsqueeze(1))[:, 0] for part in bits_NhwL.split(BATCH)])
-    return ((frames + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().permute(0, 3, 1, 2)
+    return to_uint8(frames).cpu().permute(0, 3, 1, 2)
 
 
 class Nearest(NamedTuple):

@@ -121,7 +121,7 @@ def describe_progress(progress: Progress) -> list[str]:
     if progress.samples_per_second:
         speed += f", {progress.samples_per_second:,.1f} samples/s, {progress.tokens_per_second:,.0f} tokens/s"
     if progress.workers:
-        speed += f", {_count(progress.workers, 'worker')}"
+        speed += f", {counted(progress.workers, 'worker')}"
     sentences = [shards, speed]
     if failures := _describe_failures(progress):
         sentences.append(failures)
@@ -141,7 +141,7 @@ def describe_summary(progress: Progress) -> str:
     if progress.failed_samples:
         samples += f", {progress.failed_samples:,} of them failed"
     if progress.warnings:
-        samples += f", {_count(progress.warnings, 'warning')}"
+        samples += f", {counted(progress.warnings, 'warning')}"
     lines = {
         "shards": shards,
         "samples": samples,
@@ -182,6 +182,22 @@ def describe_bytes(num_bytes: float) -> str:
     return f"{num_bytes:,.{digits}f} {units[-1]}"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things: 1 shard, 1,024 shards."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def field_line(name: str, text: str) -> str:
+    """A line of what `bsq inspect` says."""
+    return f"  {name:<14} {text}"
+
+
+def shortened_text(text: str, most_chars: int) -> str:
+    """`text` without control characters and at most so long."""
+    plain = plain_text(text)
+    return plain if len(plain) <= most_chars else plain[: most_chars - 1] + "…"
+
+
 def plain_text(text: str) -> str:
     """`text` without control characters: what came from data must not steer a terminal or turn a page around."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
@@ -190,13 +206,13 @@ def plain_text(text: str) -> str:
 def _describe_failures(progress: Progress) -> str:
     parts = []
     if progress.failed_samples:
-        parts.append(f"{_count(progress.failed_samples, 'sample')} failed")
+        parts.append(f"{counted(progress.failed_samples, 'sample')} failed")
     if progress.failed_shards:
-        parts.append(f"{_count(progress.failed_shards, 'shard')} failed")
+        parts.append(f"{counted(progress.failed_shards, 'shard')} failed")
     if progress.partial_shards:
-        parts.append(f"{_count(progress.partial_shards, 'shard')} partial")
+        parts.append(f"{counted(progress.partial_shards, 'shard')} partial")
     if progress.warnings:
-        parts.append(_count(progress.warnings, "warning"))
+        parts.append(counted(progress.warnings, "warning"))
     return ", ".join(parts)
 
 
@@ -213,10 +229,6 @@ def _describe_wait(progress: Progress) -> str:
     if progress.decode_wait >= WAIT_WORTH_TELLING:
         return f"decoding waits {progress.decode_wait:.0%} of its time for the encoder: more devices would help"
     return ""
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _panel(progress: Progress) -> RenderableType:

@@ -25,6 +25,7 @@ from tokenizer.checkpoint import build_model, read_checkpoint
 from tokenizer.generator import MaskedTokenModel
 from tokenizer.generator_checkpoint import build_generator, generator_config, read_generator
 from tokenizer.generator_config import GeneratorConfig
+from tokenizer.losses import to_uint8
 from tokenizer.unmasking import KeptTokens, SamplingOptions, sample_tokens, samples_at_once
 
 MAX_PICTURES = 1024
@@ -175,8 +176,7 @@ def _draw(
 
 def _frames(tokenizer: BSQViT, bits_BhwL: torch.Tensor) -> list[Frame]:
     pixels_BHWC = tokenizer.decode(bits_BhwL.unsqueeze(1))[:, 0]
-    frames = ((pixels_BHWC + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
-    return list(frames)
+    return list(to_uint8(pixels_BHWC).cpu().numpy())
 
 
 def _title(config: GeneratorConfig, options: GenerateOptions) -> str:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from jobs.display import describe_bytes
+from jobs.display import counted, describe_bytes, field_line, plain_text, shortened_text
 from jobs.inspect_compression import describe_bsq
 from jobs.inspect_token_models import describe_token_model
 from pipeline.credentials import printable_url
@@ -45,7 +45,6 @@ SHOWN_FAILURES = 5
 MAX_FAILURE_TABLES = 64
 """Failure tables that are read to name the commonest failures."""
 MAX_TEXT_CHARS = 100
-_WIDTH = 14
 
 
 def describe(url: str, storage_options: Mapping[str, Any] | None = None) -> str:
@@ -82,7 +81,7 @@ def _describe_dataset(storage: Storage) -> str:
         summary, table = manifest.summary, manifest.table
         state = f"finished (generation {summary.generation})"
         if not summary.complete:
-            state += f", but {_count(summary.failed_shards, 'shard')} failed"
+            state += f", but {counted(summary.failed_shards, 'shard')} failed"
         counts = summary.model_dump()
         frames = _range(table["min_frames"].to_pylist(), table["max_frames"].to_pylist())
         tables = table.filter(pa.array(latest_parts(table)))["failures_file"].drop_null().to_pylist()
@@ -114,24 +113,24 @@ def _describe_dataset(storage: Storage) -> str:
     lines = [
         f"{storage.url}: bsqtok dataset, {state}",
         *_identity(job),
-        _field(
+        field_line(
             "samples",
-            f"{counts['samples']:,}, of which {counts['failed']:,} failed; {_count(counts['warnings'], 'warning')}",
+            f"{counts['samples']:,}, of which {counts['failed']:,} failed; {counted(counts['warnings'], 'warning')}",
         ),
-        _field("rows", f"{counts['rows']:,} {frames}, {counts['tokens']:,} tokens"),
-        _field(
+        field_line("rows", f"{counts['rows']:,} {frames}, {counts['tokens']:,} tokens"),
+        field_line(
             "size",
-            f"{describe_bytes(counts['bytes'])} in {_count(counts['files'], 'token file')}, {_rate(job, counts)}",
+            f"{describe_bytes(counts['bytes'])} in {counted(counts['files'], 'token file')}, {_rate(job, counts)}",
         ),
     ]
     begun = list_begun(storage)
     lines += [_describe_generation(read_generation(storage, job, number), generations) for number in begun[1:]]
     if counts["partial_shards"]:
-        lines.append(_field("partial", f"{_count(counts['partial_shards'], 'shard')} whose archive was damaged"))
+        lines.append(field_line("partial", f"{counted(counts['partial_shards'], 'shard')} whose archive was damaged"))
     if failed_shards:
         shown = ", ".join(map(str, failed_shards[:10]))
         more = f" and {counts['failed_shards'] - 10:,} more" if counts["failed_shards"] > 10 else ""
-        lines.append(_field("failed shards", shown + more))
+        lines.append(field_line("failed shards", shown + more))
     return "\n".join(lines + _commonest_failures(storage, tables))
 
 
@@ -144,7 +143,7 @@ def _describe_generation(record: GenerationRecord, finished: Sequence[int]) -> s
         "retry-damaged": "tried the rest of damaged shards again",
     }[record.kind]
     state = "" if record.generation in finished else "; not finished: `bsq resume` goes on"
-    return _field(f"generation {record.generation}", did + state)
+    return field_line(f"generation {record.generation}", did + state)
 
 
 def _identity(job: Job) -> list[str]:
@@ -155,23 +154,23 @@ def _identity(job: Job) -> list[str]:
     preprocess = spec.preprocess
     views = f", {preprocess.views} views" if preprocess.views > 1 else ""
     return [
-        _field(
+        field_line(
             "tokenizer",
-            f"{_plain(tokenizer.name)} ({_plain(str(preset))}{trained}), weights {tokenizer.weight_sha256[:8]}",
+            f"{plain_text(tokenizer.name)} ({plain_text(str(preset))}{trained}), weights {tokenizer.weight_sha256[:8]}",
         ),
-        _field(
+        field_line(
             "tokens",
             f"{rows} x {columns} for each frame of {columns * tokenizer.patch_size} x {rows * tokenizer.patch_size} "
             f"px, {tokenizer.bits} bits each in groups of {tokenizer.group_size}",
         ),
-        _field(
+        field_line(
             "pictures",
             f"{preprocess.crop} crop, {preprocess.filter} ({preprocess.engine}){views}; clips of "
             f"{spec.clips.clip_frames} frames at {spec.clips.fps} fps; {spec.dtype}",
         ),
-        _field("carried", ", ".join(spec.carry) or "nothing"),
-        _field("fingerprint", job.fingerprint),
-        _field("made by", _plain(job.created_by)),
+        field_line("carried", ", ".join(spec.carry) or "nothing"),
+        field_line("fingerprint", job.fingerprint),
+        field_line("made by", plain_text(job.created_by)),
     ]
 
 
@@ -226,10 +225,10 @@ def _describe_tokenizer(storage: Storage) -> str:
     clips = f" and clips of up to {frames} frames" if frames > 1 else ""
     return "\n".join(
         [
-            f"{storage.url}: bsqtok tokenizer {_plain(str(config.get('preset', 'custom')))}, {trained}",
-            _field("takes", f"pictures{clips}, {size} x {size} px"),
-            _field("gives", f"{size // patch} x {size // patch} tokens of {bits} bits for each frame"),
-            _field("weights", describe_bytes(storage.size("model.safetensors"))),
+            f"{storage.url}: bsqtok tokenizer {plain_text(str(config.get('preset', 'custom')))}, {trained}",
+            field_line("takes", f"pictures{clips}, {size} x {size} px"),
+            field_line("gives", f"{size // patch} x {size // patch} tokens of {bits} bits for each frame"),
+            field_line("weights", describe_bytes(storage.size("model.safetensors"))),
         ]
     )
 
@@ -270,11 +269,11 @@ def _describe_parquet(storage: Storage, name: str) -> str:
             plan = file.read(use_threads=False)
             first = [f"  {row['shard']:>7} {_shorten(row['url'])}" for row in plan.slice(0, SHOWN_ROWS).to_pylist()]
             return "\n".join(
-                [f"{what}: the plan of a dataset, {_count(len(plan), 'shard')}", *first, *_more(len(plan))]
+                [f"{what}: the plan of a dataset, {counted(len(plan), 'shard')}", *first, *_more(len(plan))]
             )
     except PARQUET_ERRORS as error:
         raise BsqError(f"{what}: damaged Parquet ({_shorten(str(error))}). Restore it from a copy.") from error
-    rows = _count(file.metadata.num_rows, "row")
+    rows = counted(file.metadata.num_rows, "row")
     return f"{what}: a Parquet file of {rows}, but none of bsqtok ({_shorten(', '.join(names[:6]))})."
 
 
@@ -284,21 +283,22 @@ def _describe_token_file(what: str, file: pq.ParquetFile) -> str:
     part = f", part {footer.part}" if footer.part else ""
     partial = "; the archive was damaged, this holds what could be read" if footer.partial else ""
     lines = [
-        f"{what}: token file of shard {footer.shard}{part}, {_count(metadata.num_rows, 'row')}{partial}",
-        _field("samples", f"{footer.samples:,}, of which {footer.failed:,} failed"),
-        _field(
+        f"{what}: token file of shard {footer.shard}{part}, {counted(metadata.num_rows, 'row')}{partial}",
+        field_line("samples", f"{footer.samples:,}, of which {footer.failed:,} failed"),
+        field_line(
             "tokens",
             f"{footer.grid[0]} x {footer.grid[1]} for each frame, {footer.bits} bits each in groups of "
             f"{footer.group_size}, {footer.bit_order}, channels {footer.channel_order}, {footer.views} view"
             + "s"
             * (footer.views > 1),
         ),
-        _field(
+        field_line(
             "source",
-            f"{footer.source_bytes:,} bytes" + (f", tag {_plain(footer.source_etag)}" if footer.source_etag else ""),
+            f"{footer.source_bytes:,} bytes"
+            + (f", tag {plain_text(footer.source_etag)}" if footer.source_etag else ""),
         ),
-        _field("failures", f"table with SHA-256 {footer.failures_sha256}" if footer.failures_sha256 else "none"),
-        _field("fingerprint", footer.fingerprint),
+        field_line("failures", f"table with SHA-256 {footer.failures_sha256}" if footer.failures_sha256 else "none"),
+        field_line("fingerprint", footer.fingerprint),
         "  columns",
     ]
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
@@ -327,7 +327,7 @@ def _describe_token_file(what: str, file: pq.ParquetFile) -> str:
         start = f", from {row['start']:.2f} s" if row["start"] is not None else ""
         lines.append(
             f"    {_shorten(row['key'])} clip {row['clip']} view {row['view']}: "
-            f"{_count(row['frames'], 'frame')}{start}, {row['width']}x{row['height']} cropped to {crop}{flipped}"
+            f"{counted(row['frames'], 'frame')}{start}, {row['width']}x{row['height']} cropped to {crop}{flipped}"
         )
         lines.append(f"      indices {' '.join(map(str, _first_indices(row, footer)))} ...")
         if row.get("caption"):
@@ -345,7 +345,7 @@ def _describe_failure_table(what: str, file: pq.ParquetFile) -> str:
     rows = file.read(use_threads=False).to_pylist()
     shard = (file.metadata.metadata or {}).get(b"bsqtok.shard", b"").decode("utf-8", "replace")
     counts = Counter((row["severity"], row["stage"], row["error"]) for row in rows)
-    lines = [f"{what}: failure table{f' of shard {shard}' if shard else ''}, {_count(len(rows), 'row')}"]
+    lines = [f"{what}: failure table{f' of shard {shard}' if shard else ''}, {counted(len(rows), 'row')}"]
     lines += [
         f"    {count:>7,} {severity:<7} {stage:<7} {error}" for (severity, stage, error), count in counts.most_common()
     ]
@@ -361,7 +361,7 @@ def _describe_manifest_table(what: str, file: pq.ParquetFile) -> str:
     columns = ["shard", "part", "rows", "failed", "file", "url"]
     table = file.read(columns=columns, use_threads=False)
     lines = [
-        f"{what}: manifest, {_count(len(table), 'token file')}, {_count(pc.sum(table['rows']).as_py() or 0, 'row')}"
+        f"{what}: manifest, {counted(len(table), 'token file')}, {counted(pc.sum(table['rows']).as_py() or 0, 'row')}"
     ]
     lines += [
         f"    {_shard_line(*(row[name] for name in columns[:-1]))} from {_shorten(row['url'])}"
@@ -372,7 +372,7 @@ def _describe_manifest_table(what: str, file: pq.ParquetFile) -> str:
 
 def _shard_line(shard: int, part: int, rows: int, failed: int, file: str) -> str:
     which = f"shard {shard}, part {part}" if part else f"shard {shard}"
-    return f"{which}: {_count(rows, 'row')}, {_count(failed, 'sample')} failed, {file}"
+    return f"{which}: {counted(rows, 'row')}, {counted(failed, 'sample')} failed, {file}"
 
 
 def _describe_segment(storage: Storage, name: str) -> str:
@@ -380,7 +380,7 @@ def _describe_segment(storage: Storage, name: str) -> str:
     records = list(parse_lines(storage.read_bytes(name), name=what))
     counts = Counter(record.kind for record in records)
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
-    lines = [f"{what}: ledger segment, {_count(len(records), 'record')} ({kinds or 'none'})"]
+    lines = [f"{what}: ledger segment, {counted(len(records), 'record')} ({kinds or 'none'})"]
     for record in islice(records, SHOWN_ROWS):
         if isinstance(record, Commit):
             text = _shard_line(record.shard, record.part, record.rows, record.failed, record.file)
@@ -401,31 +401,23 @@ def _describe_json(storage: Storage, name: str) -> str:
     except ValueError as error:
         raise BsqError(f"{what}: damaged JSON ({error}). Restore it from a copy.") from error
     if name == LEASE_NAME:
-        return f"{what}: says who drives the job: process {values.get('pid')} on {_plain(str(values.get('host')))}."
+        return f"{what}: says who drives the job: process {values.get('pid')} on {plain_text(str(values.get('host')))}."
     if values.get("format") == "bsqtok" and "manifest_sha256" in values:
         summary = ManifestSummary.model_validate(values)
-        state = "complete" if summary.complete else f"{_count(summary.failed_shards, 'shard')} failed"
+        state = "complete" if summary.complete else f"{counted(summary.failed_shards, 'shard')} failed"
         return (
-            f"{what}: manifest of generation {summary.generation} ({state}): {_count(summary.files, 'token file')}, "
-            f"{_count(summary.rows, 'row')}, {summary.tokens:,} tokens, {describe_bytes(summary.bytes)}."
+            f"{what}: manifest of generation {summary.generation} ({state}): {counted(summary.files, 'token file')}, "
+            f"{counted(summary.rows, 'row')}, {summary.tokens:,} tokens, {describe_bytes(summary.bytes)}."
         )
     if values.get("format") == "bsqtok" and "kind" in values:
         record = GenerationRecord.model_validate(values)
         return f"{what}: what generation {record.generation} does: `{command_of(record.kind)}`."
     if name == JOB_NAME:
         return "\n".join([f"{what}: the identity of a dataset", *_identity(Job.model_validate(values))])
-    return f"{what}: a JSON file with {', '.join(_plain(key) for key in islice(values, 6)) or 'nothing in it'}."
+    return f"{what}: a JSON file with {', '.join(plain_text(key) for key in islice(values, 6)) or 'nothing in it'}."
 
 
 # --- words
-
-
-def _field(name: str, text: str) -> str:
-    return f"  {name:<{_WIDTH}} {text}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _more(count: int) -> list[str]:
@@ -433,10 +425,4 @@ def _more(count: int) -> list[str]:
 
 
 def _shorten(text: str) -> str:
-    plain = _plain(text)
-    return plain if len(plain) <= MAX_TEXT_CHARS else plain[: MAX_TEXT_CHARS - 1] + "…"
-
-
-def _plain(text: str) -> str:
-    """`text` without control characters: what came from data must not steer a terminal."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    return shortened_text(text, MAX_TEXT_CHARS)

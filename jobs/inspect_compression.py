@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from jobs.display import field_line
 from pipeline.storage import Storage
 from schemas.bsqfile import ARITHMETICS, MAX_FILE_BYTES, BsqFile, CodedItem, parse_bsq
 from schemas.errors import StreamError, printable
 
 SHOWN_ITEMS = 5
-_WIDTH = 14
 
 
 def describe_bsq(storage: Storage, name: str) -> str:
@@ -21,16 +21,16 @@ def describe_bsq(storage: Storage, name: str) -> str:
     overhead = num_bytes - file.payload_bytes
     lines = [
         f"{what}: {kind}",
-        _field("tokens", f"{file.num_tokens:,} of {file.bits} bits, {file.grid[0]} x {file.grid[1]} for each frame of "
-               f"{file.tile_px[1]} x {file.tile_px[0]} px; clips of up to {file.clip_frames} frames"),
-        _field("size", f"{num_bytes:,} bytes: header {overhead:,}, payload {file.payload_bytes:,}"),
-        _field("rate", f"{8 * file.payload_bytes / file.num_tokens:.3f} bits per token, "
-               f"{8 * num_bytes / file.num_pixels:.3f} bits per pixel ({8 * file.payload_bytes / file.num_pixels:.3f} "
-               "for the payload alone)"),
-        _field("tokenizer", f"weights {file.tokenizer.hex()[:8]}"),
-        _field("prior", f"weights {file.prior.hex()[:8]}"),
-        _field("arithmetic", f"{ARITHMETICS[file.arithmetic]}, {file.lanes} lanes, from lane {file.first_lane} on"),
-        _field("checksum", f"{file.tokens_crc32:08x} of the tokens"),
+        field_line("tokens", f"{file.num_tokens:,} of {file.bits} bits, {file.grid[0]} x {file.grid[1]} for each frame "
+                   f"of {file.tile_px[1]} x {file.tile_px[0]} px; clips of up to {file.clip_frames} frames"),
+        field_line("size", f"{num_bytes:,} bytes: header {overhead:,}, payload {file.payload_bytes:,}"),
+        field_line("rate", f"{8 * file.payload_bytes / file.num_tokens:.3f} bits per token, "
+                   f"{8 * num_bytes / file.num_pixels:.3f} bits per pixel "
+                   f"({8 * file.payload_bytes / file.num_pixels:.3f} for the payload alone)"),
+        field_line("tokenizer", f"weights {file.tokenizer.hex()[:8]}"),
+        field_line("prior", f"weights {file.prior.hex()[:8]}"),
+        field_line("arithmetic", f"{ARITHMETICS[file.arithmetic]}, {file.lanes} lanes, from lane {file.first_lane} on"),
+        field_line("checksum", f"{file.tokens_crc32:08x} of the tokens"),
     ]  # fmt: skip
     if file.is_pack:
         lines += [f"  {printable(item.name)}: {_describe_item(file, item)}" for item in file.items[:SHOWN_ITEMS]]
@@ -47,7 +47,3 @@ def _describe_item(file: BsqFile, item: CodedItem) -> str:
         return f"a picture of {size}"
     rate = f" at {1e6 / item.step_us:.4g} fps" if item.step_us else ""
     return f"a clip of {item.frames} frames{rate} from {item.start_ms / 1e3:.3f} s, {size}"
-
-
-def _field(name: str, text: str) -> str:
-    return f"  {name:<{_WIDTH}} {text}"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 
-from jobs.display import describe_bytes
+from jobs.display import describe_bytes, field_line
 from pipeline.storage import Storage
 from tokenizer.checkpoint import CONFIG_FILE, MODEL_FILE, CheckpointFiles
 from tokenizer.generator_checkpoint import generator_config
+from tokenizer.generator_config import GeneratorConfig
 from tokenizer.prior_checkpoint import prior_config
+from tokenizer.prior_config import PriorConfig
 
 SHOWN_CLASSES = 10
-_WIDTH = 14
 
 
 def describe_token_model(storage: Storage) -> str | None:
@@ -23,7 +24,7 @@ def describe_token_model(storage: Storage) -> str | None:
     if describe is None:
         return None
     files = CheckpointFiles(config_json, storage.read_bytes(MODEL_FILE), storage.url)
-    return "\n".join([*describe(files), _field("file", describe_bytes(len(files.model_safetensors)))])
+    return "\n".join([*describe(files), field_line("file", describe_bytes(len(files.model_safetensors)))])
 
 
 def _model_of(config_json: bytes) -> str:
@@ -38,11 +39,10 @@ def _describe_prior(files: CheckpointFiles) -> list[str]:
     config = prior_config(files)
     return [
         f"{files.where}: prior over tokens ({config.preset}), {_weights(files, config.trained)}",
-        _field("predicts", f"{config.bits_per_token} bits in groups of {config.group_size}, {config.grid[0]} x "
-               f"{config.grid[1]} tokens for each frame, clips of up to {config.max_frames} frames"),
-        _field("from", f"the tokens of {config.context_frames} frames before"),
-        _field("tokenizer", f"weights {config.tokenizer_sha256[:8] or 'not known'}"),
-        _field("size", f"width {config.width}, {config.layers} layers"),
+        field_line("predicts", f"{config.bits_per_token} bits in groups of {config.group_size}, {config.grid[0]} x "
+                   f"{config.grid[1]} tokens for each frame, clips of up to {config.max_frames} frames"),
+        field_line("from", f"the tokens of {config.context_frames} frames before"),
+        *_origin_and_size(config),
     ]  # fmt: skip
 
 
@@ -52,18 +52,20 @@ def _describe_generator(files: CheckpointFiles) -> list[str]:
     more = f" and {len(config.classes) - SHOWN_CLASSES:,} more" if len(config.classes) > SHOWN_CLASSES else ""
     return [
         f"{files.where}: generator of tokens ({config.preset}), {_weights(files, config.trained)}",
-        _field("fills in", f"{config.bits_per_token} bits in groups of {config.group_size}, {config.grid[0]} x "
-               f"{config.grid[1]} tokens for each picture"),
-        _field("classes", f"{classes}{more}"),
-        _field("tokenizer", f"weights {config.tokenizer_sha256[:8] or 'not known'}"),
-        _field("size", f"width {config.width}, {config.layers} layers"),
+        field_line("fills in", f"{config.bits_per_token} bits in groups of {config.group_size}, {config.grid[0]} x "
+                   f"{config.grid[1]} tokens for each picture"),
+        field_line("classes", f"{classes}{more}"),
+        *_origin_and_size(config),
     ]  # fmt: skip
+
+
+def _origin_and_size(config: PriorConfig | GeneratorConfig) -> list[str]:
+    return [
+        field_line("tokenizer", f"weights {config.tokenizer_sha256[:8] or 'not known'}"),
+        field_line("size", f"width {config.width}, {config.layers} layers"),
+    ]
 
 
 def _weights(files: CheckpointFiles, trained: bool) -> str:
     untrained = "" if trained else ", random weights: it was never trained"
     return f"weights {files.weight_sha256()[:8]}{untrained}"
-
-
-def _field(name: str, text: str) -> str:
-    return f"  {name:<{_WIDTH}} {text}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from jobs.display import counted
 from pipeline.dataset_files import LedgerState
 from schemas.lease import Progress
 from schemas.manifest import ManifestSummary
@@ -43,15 +44,15 @@ def describe_outcome(
     if len(ledger.given_up) > SHOWN_SHARDS:
         lines.append(f"... and {len(ledger.given_up) - SHOWN_SHARDS} more shards failed.")
     if before is not None:
-        shards, rows = _count(summary.files - summary.parts, "shard"), _count(summary.rows, "row")
+        shards, rows = counted(summary.files - summary.parts, "shard"), counted(summary.rows, "row")
         more = summary.rows - before.rows
         lines.append(
             f"Generation {summary.generation}: the dataset now has {shards} and {rows}, {more:,} more than before."
         )
         if summary.failed_shards:
-            lines.append(f"Still missing: {_count(summary.failed_shards, 'shard')} that failed.")
+            lines.append(f"Still missing: {counted(summary.failed_shards, 'shard')} that failed.")
     if summary.partial_shards:
-        lines.append(f"Of {_count(summary.partial_shards, 'damaged shard')} only what could be read is committed.")
+        lines.append(f"Of {counted(summary.partial_shards, 'damaged shard')} only what could be read is committed.")
     fraction = summary.failed / summary.samples if summary.samples else 0.0
     too_many = fraction > max_failed_fraction
     if summary.failed:
@@ -72,7 +73,3 @@ def describe_outcome(
     ]
     bad = bool(ledger.given_up) or not summary.complete or summary.partial_shards > 0 or too_many
     return JobOutcome(3 if bad else 0, progress, lines)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

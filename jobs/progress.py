@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
-from jobs.display import describe_bytes, describe_seconds, plain_text
+from jobs.display import describe_bytes, describe_seconds, shortened_text
 from jobs.existing_job import existing_job
 from jobs.lease import is_dead, read_lease
 from pipeline.dataset_files import (
@@ -201,7 +201,7 @@ class Status(BaseModel):
                 f"decoders {p.decode_wait:.0%} for the device; nothing to decode {p.read_wait:.0%} of the time"
             )
         failures: list[FailedShard | FailedSample] = [*self.failed_shards, *self.failed_samples]
-        lines += [f"  failed    {_shorten(failure.describe())}" for failure in failures]
+        lines += [f"  failed    {shortened_text(failure.describe(), SHOWN_CHARS)}" for failure in failures]
         if self.state == "interrupted":
             lines.append(f"  go on     bsq resume {self.url}")
         elif self.state != "running":
@@ -319,11 +319,6 @@ def _with_shards(storage: Storage, lease: Lease, generation: int) -> Progress:
     if lease.progress.shards:
         return lease.progress
     return lease.progress.model_copy(update={"shards": len(read_plan(storage, generation))})
-
-
-def _shorten(text: str) -> str:
-    text = plain_text(text)
-    return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 1] + "…"
 
 
 def _name_of(lease: Lease) -> str:

@@ -202,6 +202,7 @@ class TokenDecoder:
         import torch
 
         from tokenizer.codes import packed_size, unpack_bits
+        from tokenizer.losses import to_uint8
 
         tokenizer = self._job.tokenizer
         grid_rows, grid_columns = tokenizer.grid
@@ -211,7 +212,7 @@ class TokenDecoder:
         bits_1NL = unpack_bits(packed_O[np.newaxis], num_tokens, tokenizer.bits)
         bits = torch.from_numpy(bits_1NL).reshape(1, num_frames, grid_rows, grid_columns, tokenizer.bits)
         pixels_THWC = self._load().decode(bits)[0]
-        frames: Frames = ((pixels_THWC + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
+        frames: Frames = to_uint8(pixels_THWC).numpy()
         return frames
 
     def _load_model(self) -> BSQViT:

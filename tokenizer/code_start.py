@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,11 +21,11 @@ from schemas.errors import SpecError
 from tokenizer.bsqvit import BSQViT
 from tokenizer.ema import MovingAverage
 from tokenizer.losses import psnr
-from tokenizer.ranks import copy_from_first_rank, num_ranks
+from tokenizer.ranks import broadcast_from_first_rank, copy_from_first_rank
 from tokenizer.train_config import TrainConfig
 from tokenizer.train_state import TrainState
 from tokenizer.train_step import Learner, Metrics, pictures
-from tokenizer.transform_code import TransformCode
+from tokenizer.transform_code import BLOCK_TOKENS, TransformCode
 from tokenizer.vit import Block, FrameTransformer, patchify
 
 NUM_FITTED = 2048
@@ -47,6 +46,8 @@ class CodeLearner(Learner):
     def __init__(self, config: TrainConfig, model: BSQViT, device: torch.device) -> None:
         super().__init__(config, model, device)
         self._code: TransformCode | None = None
+        self._vectors: Any = self._compiled(self.model.vectors)
+        self._render: Any = self._compiled(self.model.render)
 
     @property
     def is_prepared(self) -> bool:
@@ -54,7 +55,7 @@ class CodeLearner(Learner):
         return self._code is not None
 
     def prepare(self, frames_BTHWC: Tensor) -> None:
-        """Fit the code to uint8 frames, and let a model that begins at random look at the tokens of its block.
+        """Fit the code to uint8 frames, and let a random model look at the tokens of its block.
 
         Raises SpecError where the model's grid has no such blocks or the frames are too few."""
         config = self.model.config
@@ -68,7 +69,7 @@ class CodeLearner(Learner):
         assert self._code is not None
         model, seed = self.model, self.config.run.seed
         patches_MP = patchify(frames_BCHW[:MOST_PICTURES, None], model.config.patch_size).flatten(0, 2)
-        codes_ML = model.quantizer.to_codes(self._code.encode(frames_BCHW[:MOST_PICTURES])).flatten(0, 1)
+        codes_ML = model.quantizer.to_codes(self._code.encode(frames_BCHW[:MOST_PICTURES]).bits).flatten(0, 1)
         for embedding, inputs, half in (
             (model.encoder.patch_embedding, patches_MP, model.encoder),
             (model.from_codes, codes_ML, model.decoder),
@@ -84,28 +85,29 @@ class CodeLearner(Learner):
 
     def load(self, state: TrainState) -> None:
         super().load(state)
-        sizes = {"patch_size": self.model.config.patch_size, "block_tokens": 2}
+        sizes = {"patch_size": self.model.config.patch_size, "block_tokens": BLOCK_TOKENS}
         arrays = {name: value.to(self.device) for name, value in state.part("code").items()}
         self._use(TransformCode(**sizes, **arrays))  # type: ignore[arg-type]
 
+    def _is_adversarial(self, step: int) -> bool:
+        # A discriminator would learn what gives away the code that both halves are to have.
+        return False
+
     def _use(self, code: TransformCode) -> None:
-        if num_ranks() > 1:
-            for each in _arrays(code).values():
-                dist.broadcast(each, 0)
+        broadcast_from_first_rank(_arrays(code).values())
         self._code = code
 
     def _tokenizer_gradients(self, frames_BTHWC: Tensor, real_BCHW: Tensor, step: int) -> tuple[Metrics, Tensor]:
         assert self._code is not None
         bits_BTNL, weights_BTNL = (
-            torch.unflatten(each, 0, frames_BTHWC.shape[:2])
-            for each in (self._code.encode(real_BCHW), self._code.weights(real_BCHW))
+            torch.unflatten(each, 0, frames_BTHWC.shape[:2]) for each in self._code.encode(real_BCHW)
         )
-        vectors_BTNL = self.model.vectors(frames_BTHWC)
+        vectors_BTNL = self._vectors(frames_BTHWC)
         said_BTNL = vectors_BTNL.detach() > 0
         self.usage.add(said_BTNL)
         # First the code as it should be, then as the encoder has it.
         has_own = step >= self.config.losses.own_bits_from * self.config.optimizer.steps
-        made_BTHWC = self.model.render(said_BTNL if has_own else bits_BTNL)
+        made_BTHWC = self._render(said_BTNL if has_own else bits_BTNL)
         fake_BCHW = pictures(made_BTHWC)
         similarity, metrics = self._similarity(fake_BCHW, real_BCHW)
         errors = F.binary_cross_entropy_with_logits(vectors_BTNL, bits_BTNL.float(), reduction="none")

@@ -7,10 +7,14 @@ Shape letters: B samples, T frames, H W pixels, C brightness (Y) and two colour 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tokenizer.losses import gaussian_blur, to_uint8
 
 SIGMA_PX = 1.2
 """Of the blur that tells detail from the rest: about what colours lose at half the resolution."""
@@ -19,15 +23,18 @@ WINDOW_PX = 7
 LEAST_VARIANCE = 8e-4
 """Of brightness from -1 to 1: where there is less, nothing is said of how colours follow it."""
 MOST_SLOPE = 1.0
-LUMA = (0.299, 0.587, 0.114)
-
-NUM_DRAWS = 6
-"""Numbers that a sample's change is drawn from."""
+RGB_TO_YCC = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+"""BT.601, as in JPEG."""
 LUMA_GAIN, COLOUR_GAIN = (0.0, 0.5), (0.5, 2.0)
-LUMA_NOISE, COLOUR_NOISE = 0.01, 0.02
+NOISE = (0.01, 0.02, 0.02)
+"""Largest standard deviation of brightness and colours, from -1 to 1."""
+NUM_DRAWS = 6
+"""Numbers that a sample's change is drawn from: whether, two gains, three deviations."""
+
+Draws = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def sharpen_colours(frames_BTHWC: Tensor, draws_BD: np.ndarray, share: float) -> Tensor:
+def sharpen_colours(frames_BTHWC: Tensor, draws_BD: Draws, share: float) -> Tensor:
     """uint8 frames, of which about `share` of the samples get detail; `draws_BD` are uniform in [0, 1), D = NUM_DRAWS.
 
     Where colours follow brightness in a neighbourhood, its detail is added to them by the same slope; brightness is
@@ -36,61 +43,43 @@ def sharpen_colours(frames_BTHWC: Tensor, draws_BD: np.ndarray, share: float) ->
     if not len(chosen):
         return frames_BTHWC
     where = torch.from_numpy(chosen).to(frames_BTHWC.device)
-    clips = frames_BTHWC[where]
-    drawn = draws_BD[chosen]
-    changed = _change(clips.permute(0, 1, 4, 2, 3).flatten(0, 1).float() / 127.5 - 1, drawn.repeat(clips.shape[1], 0))
-    pixels = (changed * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+    clips_BTCHW = frames_BTHWC[where].permute(0, 1, 4, 2, 3).float() / 127.5 - 1
     result = frames_BTHWC.clone()
-    result[where] = torch.unflatten(pixels, 0, clips.shape[:2]).permute(0, 1, 3, 4, 2)
+    result[where] = to_uint8(_sharper(clips_BTCHW, draws_BD[chosen])).permute(0, 1, 3, 4, 2)
     return result
 
 
-def _change(frames_BCHW: Tensor, drawn_BD: np.ndarray) -> Tensor:
-    draws = torch.from_numpy(drawn_BD.astype(np.float32)).to(frames_BCHW.device)[..., None, None, None]
-    to_ycc = _matrix(frames_BCHW)
-    ycc = torch.einsum("ij,bjhw->bihw", to_ycc, frames_BCHW)
-    blurred = _blur(ycc)
+def _sharper(clips_BTCHW: Tensor, draws_BD: Draws) -> Tensor:
+    device = clips_BTCHW.device
+    rgb_to_ycc = torch.tensor(RGB_TO_YCC, device=device)
+    ycc = torch.einsum("ij,btjhw->btihw", rgb_to_ycc, clips_BTCHW).flatten(0, 1)
+    blurred = gaussian_blur(_padded(ycc), WINDOW_PX, SIGMA_PX)
     luma, colour = blurred[:, :1], blurred[:, 1:]
     mean_luma, mean_colour = _mean(luma), _mean(colour)
     variance = _mean(luma * luma) - mean_luma**2
     slope = (_mean(luma * colour) - mean_luma * mean_colour) / (variance + LEAST_VARIANCE)
     detail = ycc[:, :1] - luma
+    follows = torch.cat([detail, slope.clamp(-MOST_SLOPE, MOST_SLOPE) * detail], 1)
+    follows = torch.unflatten(follows, 0, clips_BTCHW.shape[:2])
+    draws = torch.from_numpy(draws_BD.astype(np.float32)).to(device)[..., None, None, None]
     luma_gain, colour_gain = (low + (high - low) * draws[:, i] for i, (low, high) in ((1, LUMA_GAIN), (2, COLOUR_GAIN)))
-    sharper = torch.cat(
-        [ycc[:, :1] + luma_gain * detail, ycc[:, 1:] + colour_gain * slope.clamp(-MOST_SLOPE, MOST_SLOPE) * detail], 1
-    )
-    deviations = torch.cat([LUMA_NOISE * draws[:, 3], *(COLOUR_NOISE * draws[:, i] for i in (4, 5))], 1)
-    return torch.einsum("ij,bjhw->bihw", torch.linalg.inv(to_ycc), sharper + deviations * _noise(ycc, drawn_BD))
+    gains = torch.cat([luma_gain, colour_gain, colour_gain], 1)[:, None]
+    noise = torch.tensor(NOISE, device=device)[:, None, None] * draws[:, 3:, 0] * _noise(draws_BD, clips_BTCHW)
+    added = gains * follows + noise[:, None]
+    return clips_BTCHW + torch.einsum("ij,btjhw->btihw", torch.linalg.inv(rgb_to_ycc), added)
 
 
-def _noise(like_BCHW: Tensor, drawn_BD: np.ndarray) -> Tensor:
-    # A sample's noise depends on its own draws alone, whichever process or batch it is in.
-    seeds = (drawn_BD[:, 0] * 2**62).astype(np.int64)
-    noise = [np.random.default_rng(seed).standard_normal(like_BCHW.shape[1:], dtype=np.float32) for seed in seeds]
-    return torch.from_numpy(np.stack(noise)).to(like_BCHW.device)
-
-
-def _blur(frames_BCHW: Tensor) -> Tensor:
-    reach = WINDOW_PX // 2
-    offsets = torch.arange(-reach, reach + 1, dtype=torch.float32, device=frames_BCHW.device)
-    window = torch.exp(-(offsets**2) / (2 * SIGMA_PX**2))
-    window = (window / window.sum()).expand(frames_BCHW.shape[1], 1, -1)
-    padded = F.pad(frames_BCHW, (reach,) * 4, mode="reflect")
-    along = F.conv2d(padded, window[:, :, None], groups=len(window))
-    return F.conv2d(along, window[:, :, :, None], groups=len(window))
+def _noise(draws_BD: Draws, clips_BTCHW: Tensor) -> Tensor:
+    """[B, C, H, W] for each sample, whichever process or batch it is in."""
+    seeds = (draws_BD[:, 0] * 2**62).astype(np.int64)
+    shape = clips_BTCHW.shape[2:]
+    noise = [np.random.default_rng(seed).standard_normal(shape, dtype=np.float32) for seed in seeds]
+    return torch.from_numpy(np.stack(noise)).to(clips_BTCHW.device)
 
 
 def _mean(frames_BCHW: Tensor) -> Tensor:
-    reach = WINDOW_PX // 2
-    return F.avg_pool2d(F.pad(frames_BCHW, (reach,) * 4, mode="reflect"), WINDOW_PX, stride=1)
+    return F.avg_pool2d(_padded(frames_BCHW), WINDOW_PX, stride=1)
 
 
-def _matrix(like: Tensor) -> Tensor:
-    """RGB to brightness and colour differences (BT.601)."""
-    red, green, blue = LUMA
-    rows = [
-        [red, green, blue],
-        [-red / (2 - 2 * blue), -green / (2 - 2 * blue), 0.5],
-        [0.5, -green / (2 - 2 * red), -blue / (2 - 2 * red)],
-    ]
-    return torch.tensor(rows, device=like.device)
+def _padded(frames_BCHW: Tensor) -> Tensor:
+    return F.pad(frames_BCHW, (WINDOW_PX // 2,) * 4, mode="reflect")

@@ -56,14 +56,9 @@ def ms_ssim(x_BCHW: Tensor, y_BCHW: Tensor, *, data_range: float = 2.0, taps: in
 
 def _similarity(x: Tensor, y: Tensor, data_range: float, taps: int) -> tuple[Tensor, Tensor]:
     """Mean similarity and mean contrast-structure term of each channel, [B, C]."""
-    channels = x.shape[1]
-    offsets = torch.arange(taps, dtype=torch.float32, device=x.device) - taps // 2
-    window = torch.exp(-(offsets**2) / (2 * SIGMA_PX**2))
-    window = (window / window.sum()).expand(channels, 1, taps)
 
     def blur(images: Tensor) -> Tensor:
-        along = F.conv2d(images, window[:, :, None], groups=channels)
-        return F.conv2d(along, window[:, :, :, None], groups=channels)
+        return gaussian_blur(images, taps, SIGMA_PX)
 
     # bf16 would lose the variances, which are small differences of large numbers.
     with torch.autocast(x.device.type, enabled=False):
@@ -75,6 +70,16 @@ def _similarity(x: Tensor, y: Tensor, data_range: float, taps: int) -> tuple[Ten
         contrast = (2 * covariance + second) / (variance_x + variance_y + second)
         similarity = (2 * mean_x * mean_y + first) / (mean_x**2 + mean_y**2 + first) * contrast
     return similarity.mean((2, 3)), contrast.mean((2, 3))
+
+
+def gaussian_blur(x_BCHW: Tensor, taps: int, sigma_px: float) -> Tensor:
+    """Pictures under a Gaussian window of `taps`, whole windows only: smaller by taps - 1 along both sides."""
+    channels = x_BCHW.shape[1]
+    offsets = torch.arange(taps, dtype=torch.float32, device=x_BCHW.device) - taps // 2
+    window = torch.exp(-(offsets**2) / (2 * sigma_px**2))
+    window = (window / window.sum()).expand(channels, 1, taps)
+    along = F.conv2d(x_BCHW, window[:, :, None], groups=channels)
+    return F.conv2d(along, window[:, :, :, None], groups=channels)
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:

@@ -72,7 +72,20 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
 @torch.no_grad()
 def copy_from_first_rank(module: nn.Module) -> None:
     """Give every process the weights of the first."""
+    broadcast_from_first_rank(module.state_dict().values())
+
+
+def broadcast_from_first_rank(tensors: Iterable[Tensor]) -> None:
+    """Overwrite these in every process with those of the first."""
     if num_ranks() > 1:
-        tensors: Iterable[Tensor] = module.state_dict().values()
         for each in tensors:
             dist.broadcast(each, 0)
+
+
+def joined_batch(batch: Tensor) -> Tensor:
+    """The batches of all processes, of one shape, one after another along the first axis."""
+    if num_ranks() == 1:
+        return batch
+    parts = [torch.empty_like(batch) for _ in range(num_ranks())]
+    dist.all_gather(parts, batch.contiguous())
+    return torch.cat(parts)

@@ -186,10 +186,13 @@ class TrainConfig:
                 "losses.r1_every": (self.losses.r1_every, 1),
             }
         )
-        if not 0 <= self.sampling.clip_share <= 1:
-            raise SpecError(f"sampling.clip_share is {self.sampling.clip_share}; it must be from 0 to 1.")
-        if not 0 <= self.sampling.colour_detail <= 1:
-            raise SpecError(f"sampling.colour_detail is {self.sampling.colour_detail}; it must be from 0 to 1.")
+        for name, share in (
+            ("sampling.clip_share", self.sampling.clip_share),
+            ("sampling.colour_detail", self.sampling.colour_detail),
+            ("losses.own_bits_from", self.losses.own_bits_from),
+        ):
+            if not 0 <= share <= 1:
+                raise SpecError(f"{name} is {share}; it must be from 0 to 1.")
         low, high = self.sampling.crop_scale
         if not 0 < low <= high <= 1:
             raise SpecError(f"sampling.crop_scale is [{low}, {high}]; it must satisfy 0 < low <= high <= 1.")

@@ -70,13 +70,9 @@ class Learner:
         )
         if config.run.checkpoint_blocks:
             checkpoint_blocks(self.model)
-        self._autoencode: Any = (
-            torch.compile(self.model.autoencode, dynamic=False) if config.run.compile else self.model.autoencode
-        )
+        self._autoencode: Any = self._compiled(self.model.autoencode)
         # Compiled code has no gradients of gradients: the penalty always takes the module itself.
-        self._judge: Any = (
-            torch.compile(self.discriminator, dynamic=False) if config.run.compile else self.discriminator
-        )
+        self._judge: Any = self._compiled(self.discriminator)
         samples = part.batch_images * num_ranks() if part.per_sample else 1
         self.peak_learning_rate = part.learning_rate * samples
 
@@ -136,10 +132,6 @@ class Learner:
             "sample_entropy": output.quantized.losses.sample_entropy,
         }
         total = similarity + entropy_weight * quantizer
-        if self.perceptual is not None:
-            with self._autocast():
-                metrics["lpips"] = self.perceptual(fake_BCHW, real_BCHW).mean()
-            total = total + part.lpips_weight * metrics["lpips"]
         if self._is_adversarial(step):
             assert self.discriminator is not None
             self.discriminator.requires_grad_(False)
@@ -161,6 +153,10 @@ class Learner:
         if part.ms_ssim_weight:
             metrics["ms_ssim"] = ms_ssim(fake_BCHW, real_BCHW, taps=7).mean()
             total = total + part.ms_ssim_weight * (1 - metrics["ms_ssim"])
+        if self.perceptual is not None:
+            with self._autocast():
+                metrics["lpips"] = self.perceptual(fake_BCHW, real_BCHW).mean()
+            total = total + part.lpips_weight * metrics["lpips"]
         return total, metrics
 
     def _update_discriminator(self, real_BCHW: Tensor, fake_BCHW: Tensor, step: int) -> Metrics:
@@ -181,6 +177,9 @@ class Learner:
             self.discriminator_optimizer.step()
         self.discriminator_optimizer.zero_grad()
         return metrics
+
+    def _compiled(self, function: Any) -> Any:
+        return torch.compile(function, dynamic=False) if self.config.run.compile and function is not None else function
 
     def _is_adversarial(self, step: int) -> bool:
         return self.discriminator is not None and step >= self.config.losses.adversarial_start

@@ -25,7 +25,7 @@ from tokenizer.checkpoint import save_checkpoint
 from tokenizer.code_start import NUM_FITTED, CodeLearner
 from tokenizer.frame_batches import Batches, HeldFrames, centre_frames, read_arrays
 from tokenizer.losses import ms_ssim, psnr, to_uint8
-from tokenizer.ranks import joined_ranks, num_ranks, rank
+from tokenizer.ranks import joined_batch, joined_ranks, num_ranks, rank
 from tokenizer.train_config import TrainConfig, train_config
 from tokenizer.train_curve import draw_curve
 from tokenizer.train_log import Observer, TrainReport, describe_report, picture_grid, write_png
@@ -68,7 +68,7 @@ class Trainer(TrainLoop[Tensor]):
             self.tell(f"Fitting a transform code to {NUM_FITTED:,} pictures.")
             drawn: list[Tensor] = []
             while sum(frames.shape[0] * frames.shape[1] for frames in drawn) < NUM_FITTED:
-                drawn.append(self._batches.next_batch())
+                drawn.append(joined_batch(self._batches.next_batch().to(self.device)))
             self.learner.prepare(torch.cat([frames.flatten(0, 1).unsqueeze(1) for frames in drawn]))
 
     def export(self, name: str) -> None:

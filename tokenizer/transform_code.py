@@ -12,18 +12,28 @@ block, N tokens of a picture, L bits per token."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from schemas.errors import SpecError
 
+BLOCK_TOKENS = 2
+"""Patches along a block's side."""
 NUM_ITERATIONS = 20
 MOST_BLOCKS = 60_000
 """To which the code is fitted."""
 NUM_PLAIN = 3
 """The strongest coefficients, brightness and colour, say nothing of how busy a block is."""
 LEAST_ENERGY = 1e-4
+
+
+class CodedPictures(NamedTuple):
+    """`bits` bool [B, N, L], and `weights` [B, N, L], how much each matters: about 1 on average."""
+
+    bits: Tensor
+    weights: Tensor
 
 
 @dataclass(frozen=True)
@@ -39,10 +49,10 @@ class TransformCode:
     edges_C: Tensor
     """Of the classes, one fewer than these: logarithms of energy."""
     thresholds_CKQ: Tensor
-    """Infinite where a coefficient has fewer levels; the last coefficient is the class itself."""
+    """Infinite where a coefficient has fewer levels."""
     levels_CKQ: Tensor
     coefficient_CSL: Tensor
-    """Which coefficient each bit of a block belongs to."""
+    """Which coefficient each bit of a block belongs to; number K is the class itself."""
     shift_CSL: Tensor
     """And its place in that coefficient's Gray code."""
     saved_CSL: Tensor
@@ -55,7 +65,7 @@ class TransformCode:
         *,
         patch_size: int,
         bits_per_token: int,
-        block_tokens: int = 2,
+        block_tokens: int = BLOCK_TOKENS,
         num_classes: int = 8,
         most_bits: int = 6,
     ) -> TransformCode:
@@ -105,7 +115,7 @@ class TransformCode:
         }
         places = torch.stack([coefficient_CSL, shift_CSL], -1).tolist()
         saved_CSL = torch.tensor(
-            [[[saved[number, k, s] for k, s in token] for token in block] for number, block in enumerate(places)]
+            [[[saved[number, k, s] for k, s in token] for token in of_class] for number, of_class in enumerate(places)]
         )
         device = basis_VK.device
         return cls(
@@ -114,15 +124,18 @@ class TransformCode:
         )  # fmt: skip
 
     @torch.no_grad()
-    def encode(self, frames_BCHW: Tensor) -> Tensor:
-        """Bits, bool [B, N, L], of planar float pictures."""
-        coefficients_MK, class_M = self._analyse(frames_BCHW)
+    def encode(self, frames_BCHW: Tensor) -> CodedPictures:
+        """The tokens of planar float pictures; a bit's weight is the root of the squared error that it saves."""
+        coefficients_MK = (_cut(frames_BCHW, self._block) - self.mean_V) @ self.basis_VK
+        class_M = torch.bucketize(_energy(coefficients_MK), self.edges_C)
         place_MK = (coefficients_MK[..., None] > self.thresholds_CKQ[class_M]).sum(-1)
         place_MK = torch.cat([place_MK, class_M[:, None]], 1)
         gray_MK = place_MK ^ (place_MK >> 1)
         of_bit_MP = gray_MK.gather(1, self.coefficient_CSL[class_M].flatten(1))
         bits_MP = (of_bit_MP >> self.shift_CSL[class_M].flatten(1)) & 1
-        return self._to_grid(bits_MP.bool(), frames_BCHW)
+        root_CSL = self.saved_CSL.clamp_min(0).sqrt()
+        weights_MP = (root_CSL / root_CSL.mean())[class_M].flatten(1)
+        return CodedPictures(self._to_grid(bits_MP.bool(), frames_BCHW), self._to_grid(weights_MP, frames_BCHW))
 
     @torch.no_grad()
     def decode(self, bits_BNL: Tensor, height: int, width: int) -> Tensor:
@@ -143,16 +156,6 @@ class TransformCode:
         cut = blocks_MV.reshape(len(bits_BNL), rows, columns, 3, self._block, self._block)
         return cut.permute(0, 3, 1, 4, 2, 5).reshape(len(bits_BNL), 3, height, width)
 
-    def weights(self, frames_BCHW: Tensor) -> Tensor:
-        """How much each bit of these pictures matters, [B, N, L], about 1 on average: roots of the errors saved."""
-        root_CSL = self.saved_CSL.clamp_min(0).sqrt()
-        _, class_M = self._analyse(frames_BCHW)
-        return self._to_grid((root_CSL / root_CSL.mean())[class_M].flatten(1), frames_BCHW)
-
-    def _analyse(self, frames_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        coefficients_MK = (_cut(frames_BCHW, self._block) - self.mean_V) @ self.basis_VK
-        return coefficients_MK, torch.bucketize(_energy(coefficients_MK), self.edges_C)
-
     @property
     def _block(self) -> int:
         return self.patch_size * self.block_tokens
@@ -165,21 +168,27 @@ class TransformCode:
 
 
 class _Quantizers:
-    """The Lloyd-Max quantizers of one coefficient with 0 to `most_bits` bits."""
+    """The Lloyd-Max quantizers of one coefficient with 0 to `most_bits` bits, fitted when asked for."""
 
     def __init__(self, samples_M: Tensor, most_bits: int) -> None:
-        self._levels = [_lloyd_max(samples_M, 2**bits) for bits in range(most_bits + 1)]
-        self._errors = [
-            float((samples_M - levels[torch.bucketize(samples_M, _thresholds(levels))]).square().mean())
-            for levels in self._levels
-        ]
+        self._samples_M, self._most_bits = samples_M, most_bits
+        self._levels: list[Tensor] = []
+        self._errors: list[float] = []
 
     def levels(self, bits: int) -> Tensor:
+        while len(self._levels) <= bits:
+            levels = _lloyd_max(self._samples_M, 2 ** len(self._levels))
+            made_M = levels[torch.bucketize(self._samples_M, _thresholds(levels))]
+            self._levels.append(levels)
+            self._errors.append(float((self._samples_M - made_M).square().mean()))
         return self._levels[bits]
 
     def saved(self, bits: int) -> float:
         """Error that one bit more than `bits` saves; none is to be had beyond the most."""
-        return self._errors[bits] - self._errors[bits + 1] if bits + 1 < len(self._errors) else -1.0
+        if bits >= self._most_bits:
+            return -1.0
+        self.levels(bits + 1)
+        return self._errors[bits] - self._errors[bits + 1]
 
 
 def _lloyd_max(samples_M: Tensor, number: int) -> Tensor:

@@ -26,11 +26,11 @@ def source(urls, kind="image", threads=2, **preprocess):
     )
 
 
-def streamed(sources, complaints=None, **options):
+def streamed(sources, complaints=None, colour_detail=0.0, **options):
     settings = {"seed": 5, "shuffle_samples": 6, "complaints": complaints or Complaints(lambda line: None)}
     return StreamedFrames(
         sources,
-        sampling=SamplingPart(clip_share=0.4),
+        sampling=SamplingPart(clip_share=0.4, colour_detail=colour_detail),
         optimizer=OptimizerPart(batch_images=4, batch_clips=1),
         **{**settings, **options},
     )
@@ -42,6 +42,18 @@ def take(batches, number):
 
 def equal(first, second):
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_colours_of_a_share_of_streamed_samples_are_sharpened_and_a_resumed_stream_does_the_same(small_shards):
+    plain = take(streamed([source(small_shards)]), 10)
+    stream = streamed([source(small_shards)], colour_detail=0.5)
+    sharp = take(stream, 5)
+    goes_on = streamed([source(small_shards)], colour_detail=0.5)
+    goes_on.load(json.loads(json.dumps(stream.state())))
+    sharp += take(stream, 5)
+    assert equal(take(goes_on, 5), sharp[5:])
+    changed = torch.cat([(one != other).flatten(1).any(1) for one, other in zip(plain, sharp, strict=True)])
+    assert 10 <= int(changed.sum()) <= 30
 
 
 def test_held_frames_are_all_views_of_a_kind_in_order_for_any_number_of_threads(small_shards):

@@ -15,10 +15,13 @@ from tokenizer.frame_batches import HeldFrames, centre_frames, read_arrays
 from tokenizer.trainer import held_batches
 
 
-def test_batches_are_of_one_kind_come_once_per_epoch_and_do_not_depend_on_the_number_of_processes():
-    config = settings(sampling={"clip_share": 0.5}, optimizer={"batch_images": 3, "batch_clips": 1})
-    marked = np.arange(12, dtype=np.uint8)[:, None, None, None, None] * np.ones((1, 1, 40, 40, 3), np.uint8)
-    arrays = [marked, frames(4, 5)]
+@pytest.mark.parametrize("colour_detail", [0.0, 0.6])
+def test_batches_are_of_one_kind_come_once_per_epoch_and_do_not_depend_on_the_number_of_processes(colour_detail):
+    config = settings(
+        sampling={"clip_share": 0.5, "colour_detail": colour_detail}, optimizer={"batch_images": 3, "batch_clips": 1}
+    )
+    values = np.arange(50, 170, 10, dtype=np.uint8)
+    arrays = [values[:, None, None, None, None] * np.ones((1, 1, 40, 40, 3), np.uint8), frames(4, 5)]
 
     def source(number, num_ranks, batch=3, clips=1):
         optimizer = replace(config.optimizer, batch_images=batch, batch_clips=clips)
@@ -32,7 +35,8 @@ def test_batches_are_of_one_kind_come_once_per_epoch_and_do_not_depend_on_the_nu
         assert torch.equal(whole, torch.cat([rank.next_batch() for rank in ranks]))
         assert whole.shape[1:] in ((1, 32, 32, 3), (3, 32, 32, 3)) and whole.dtype == torch.uint8
         if whole.shape[1] == 1:
-            seen += whole[:, 0, 0, 0, 0].tolist()
+            # Noise is added to some: a picture of one value keeps it on average.
+            seen += (whole.flatten(1).float().mean(1) / 10 - 5).round().int().tolist()
     assert 24 <= len(seen) <= 150  # images are about half of the batches
     for epoch in range(len(seen) // 12):
         assert sorted(seen[12 * epoch : 12 * epoch + 12]) == list(range(12))

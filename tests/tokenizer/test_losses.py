@@ -21,6 +21,7 @@ from tokenizer.losses import (
     psnr,
     quantizer_loss,
     r1_penalty,
+    reconstruction_loss,
     ssim,
 )
 from tokenizer.quantizer import BinarySphericalQuantizer
@@ -67,6 +68,28 @@ def test_psnr_counts_what_rounding_leaves():
     assert psnr(black + 0.4 / 127.5, black).item() > 100  # rounds to the same byte
     one_level = psnr(black + 1 / 127.5, black).item()
     assert one_level == pytest.approx(20 * math.log10(255), abs=1e-4)
+
+
+def test_the_loss_of_pixels_by_hand():
+    difference = torch.tensor([[0.5, -0.5], [0.1, 0.3]]).reshape(2, 1, 1, 2)
+    assert float(reconstruction_loss("l1", difference)) == pytest.approx(0.35)
+    assert float(reconstruction_loss("mse", difference)) == pytest.approx((0.25 + 0.05) / 2)
+
+
+def test_the_log_of_squares_falls_by_the_same_for_each_decibel_of_any_picture(generator):
+    plain, busy = (scale * torch.randn(1, 3, 16, 16, generator=generator) for scale in (0.2, 0.8))
+    decibel = 10 ** (-1 / 20)
+
+    def saved(better, worse):
+        return float(reconstruction_loss("log_mse", torch.cat([*worse]))) - float(
+            reconstruction_loss("log_mse", torch.cat([*better]))
+        )
+
+    of_plain, of_busy = saved((plain * decibel, busy), (plain, busy)), saved((plain, busy * decibel), (plain, busy))
+    assert of_plain == pytest.approx(of_busy, rel=0.05) and of_plain > 0
+    perfect = torch.zeros(1, 3, 16, 16, requires_grad=True)
+    reconstruction_loss("log_mse", perfect).backward()
+    assert perfect.grad.isfinite().all()
 
 
 def test_adversarial_losses_by_hand():

@@ -21,6 +21,8 @@ from tokenizer.train_config import RECIPES, train_config
         ({"optimizer": {"steps": True}}, "optimizer.steps is True; it must be a whole number"),
         ({"losses": {"reconstruction": "l2"}}, "losses.reconstruction is 'l2'; valid: l1, mse"),
         ({"sampling": {"crop_scale": [0.9, 0.2]}}, r"crop_scale is \[0.9, 0.2\]"),
+        ({"losses": {"own_bits_from": 1.5}}, "losses.own_bits_from is 1.5; it must be from 0 to 1"),
+        ({"sampling": {"colour_detail": -0.1}}, "sampling.colour_detail is -0.1; it must be from 0 to 1"),
         ({"recipe": "paper"}, "lpips_folder names no weights.*recipe no-lpips"),
     ],
 )

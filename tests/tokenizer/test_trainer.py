@@ -272,17 +272,21 @@ def _gradients(config, path):
     torch.save([each.grad for each in parameters], path)
 
 
-def test_two_processes_have_the_gradients_and_the_run_of_one_on_the_joined_batch(tmp_path):
+def _in_two_processes(work, folder):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_rank, args=(number, port, tmp_path)) for number in range(2)]
+    processes = [context.Process(target=work, args=(number, port, folder)) for number in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(120)
         assert process.exitcode == 0
+
+
+def test_two_processes_have_the_gradients_and_the_run_of_one_on_the_joined_batch(tmp_path):
+    _in_two_processes(_rank, tmp_path)
     joined = settings("no-lpips", **FULL, optimizer={"steps": 3, "batch_images": 4, "batch_clips": 2})
     _gradients(joined, tmp_path / "joined.pt")
     expected = torch.load(tmp_path / "joined.pt")
@@ -294,6 +298,35 @@ def test_two_processes_have_the_gradients_and_the_run_of_one_on_the_joined_batch
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one[0][2] == pytest.approx(two[0][2], rel=1e-4)
     assert (tmp_path / "two" / "states" / "state-00000003.safetensors").exists()
+
+
+def _code_config(batch_images):
+    return settings(
+        losses={"transform_code": True},
+        optimizer={"steps": 3, "batch_images": batch_images, "method": "adamw", "warmup_steps": 0},
+    )
+
+
+def _code_rank(number, port, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(number), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    from tokenizer.ranks import joined_ranks
+
+    with joined_ranks("cpu"):
+        trained = train(_code_config(8), folder / "two", [frames(300, 1)])
+        torch.save(trained.learner.tensors(), folder / f"rank-{number}.pt")
+
+
+def test_two_processes_fit_the_transform_code_that_one_fits_and_learn_it_alike(tmp_path):
+    _in_two_processes(_code_rank, tmp_path)
+    one = train(_code_config(16), tmp_path / "one", [frames(300, 1)]).learner.tensors()
+    both = [torch.load(tmp_path / f"rank-{number}.pt") for number in range(2)]
+    for name, found in both[0].items():
+        assert torch.equal(found, both[1][name])
+        if name.startswith("code."):
+            assert torch.equal(found, one[name])
+    for found, wanted in zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True):
+        assert found == pytest.approx(wanted, rel=2e-2)
 
 
 SCRIPT = """

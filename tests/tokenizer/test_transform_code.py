@@ -39,7 +39,7 @@ def plain_code() -> TransformCode:
 
 
 def quality(code: TransformCode, frames_BCHW: torch.Tensor) -> float:
-    made = code.decode(code.encode(frames_BCHW), *frames_BCHW.shape[-2:])
+    made = code.decode(code.encode(frames_BCHW).bits, *frames_BCHW.shape[-2:])
     return float(psnr(made.clamp(-1, 1), frames_BCHW).mean())
 
 
@@ -50,15 +50,15 @@ def test_any_bits_are_read_back_from_the_picture_that_they_stand_for(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     bits = torch.rand(2, 4 * rows * columns, 18, generator=generator) < 0.5
-    assert torch.equal(plain_code.encode(plain_code.decode(bits, 16 * rows, 16 * columns)), bits)
+    assert torch.equal(plain_code.encode(plain_code.decode(bits, 16 * rows, 16 * columns)).bits, bits)
 
 
 def test_a_picture_is_decoded_alike_whatever_its_neighbours_are(code: TransformCode) -> None:
     seen = pictures(8, 48, seed=4)
-    together = code.decode(code.encode(seen), 48, 48)
+    together = code.decode(code.encode(seen).bits, 48, 48)
     for number in range(8):
         block = seen[number : number + 1, :, 16:32, 32:48]
-        alone = code.decode(code.encode(block), 16, 16)
+        alone = code.decode(code.encode(block).bits, 16, 16)
         assert torch.allclose(together[number, :, 16:32, 32:48], alone[0], atol=1e-5)
 
 
@@ -75,13 +75,12 @@ def test_blocks_and_classes_of_them_each_make_better_pictures_of_as_many_bits(pl
 
 def test_a_wrong_bit_costs_least_where_the_code_says_it_matters_least(plain_code: TransformCode) -> None:
     unseen = pictures(60, seed=2)
-    bits = plain_code.encode(unseen)
+    bits, weights = plain_code.encode(unseen)
     costs = []
     for bit in range(18):
         flipped = bits.clone()
         flipped[..., bit] ^= True
         costs.append(float((plain_code.decode(flipped, 32, 32) - unseen).square().mean()))
-    weights = plain_code.weights(unseen)
     assert weights.shape == bits.shape and float(weights.mean()) == pytest.approx(1, abs=1e-5)
     order = torch.tensor(costs).argsort()
     assert float(weights[..., order[:6]].mean()) < 0.5 * float(weights[..., order[-6:]].mean())
@@ -163,3 +162,26 @@ def test_a_tokenizer_learns_the_code_and_resumes_on_the_same_losses(tmp_path) ->
     run(tmp_path / "cut", 60, resume=True)
     assert log(tmp_path / "cut") == whole
     from_pretrained(tmp_path / "whole" / "tokenizer")
+
+
+def test_the_decoder_is_first_given_the_code_and_then_the_bits_that_the_encoder_has(tmp_path):
+    config = tiny_settings(
+        losses={"transform_code": True, "own_bits_from": 0.5, "adversarial_weight": 0.1}, optimizer={"steps": 4}
+    )
+    trainer = Trainer(config, held_batches(config, [frames(300, 1)], CPU), tmp_path)
+    trainer.begin(resume=False)
+    learner = trainer.learner
+    batch = torch.from_numpy(frames(4, 1, 32, seed=5))
+    planar = batch[:, 0].permute(0, 3, 1, 2).float() / 127.5 - 1
+    wanted, own = learner._code.encode(planar).bits[:, None], (learner.model.vectors(batch) > 0)
+    assert not torch.equal(wanted, own)
+    given = []
+    learner._render = lambda bits: given.append(bits) or learner.model.render(bits)
+    before = {name: value.clone() for name, value in learner.discriminator.state_dict().items()}
+    for step in range(4):
+        learner._tokenizer_gradients(batch, planar, step)
+    assert [torch.equal(bits, wanted) for bits in given] == [True, True, False, False]
+    assert torch.equal(given[2], own)
+    metrics = learner.update(batch, 3)
+    assert "discriminator" not in metrics
+    assert all(torch.equal(value, before[name]) for name, value in learner.discriminator.state_dict().items())
