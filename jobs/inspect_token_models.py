@@ -8,9 +8,8 @@ from jobs.display import describe_bytes, field_line
 from pipeline.storage import Storage
 from tokenizer.checkpoint import CONFIG_FILE, MODEL_FILE, CheckpointFiles
 from tokenizer.generator_checkpoint import generator_config
-from tokenizer.generator_config import GeneratorConfig
 from tokenizer.prior_checkpoint import prior_config
-from tokenizer.prior_config import PriorConfig
+from tokenizer.token_model_config import TokenModelConfig
 
 SHOWN_CLASSES = 10
 
@@ -59,7 +58,7 @@ def _describe_generator(files: CheckpointFiles) -> list[str]:
     ]  # fmt: skip
 
 
-def _origin_and_size(config: PriorConfig | GeneratorConfig) -> list[str]:
+def _origin_and_size(config: TokenModelConfig) -> list[str]:
     return [
         field_line("tokenizer", f"weights {config.tokenizer_sha256[:8] or 'not known'}"),
         field_line("size", f"width {config.width}, {config.layers} layers"),

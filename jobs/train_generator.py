@@ -19,7 +19,8 @@ from jobs.token_training import (
 from pipeline.dataset import TokenDataset
 from schemas.errors import SpecError
 from schemas.trainspec import TokenSourceSpec, read_generator_train_spec
-from tokenizer.generator_train import GeneratorTrainer, generator_train_config
+from tokenizer.generator_train import GeneratorLearner, generator_train_config
+from tokenizer.token_train import TokenTrainer
 from tokenizer.train_log import Observer
 
 PICTURES = ("frames", "==", 1)
@@ -39,7 +40,7 @@ def train_generator(
     spec = read_generator_train_spec(path)
     config = generator_train_config(spec.training(), spec.data.classes, str(path))
 
-    def build(folder: Path, device: torch.device, observer: Observer) -> GeneratorTrainer:
+    def build(folder: Path, device: torch.device, observer: Observer) -> TokenTrainer:
         datasets = open_datasets(spec.data, storage_options)
         sources = token_sources(spec.data.train)
         for name, dataset in datasets.items():
@@ -51,9 +52,9 @@ def train_generator(
             seed=config.run.seed,
             label_drop=config.model.label_drop,
         )
-        return GeneratorTrainer(
+        return TokenTrainer(
             config,
-            token_kind(datasets),
+            GeneratorLearner(config, token_kind(datasets), device),
             batches,
             folder,
             device=device,

@@ -10,7 +10,8 @@ import torch
 
 from jobs.token_training import TokenBatches, open_datasets, run_training, token_kind, validation_batches
 from schemas.trainspec import read_token_train_spec
-from tokenizer.token_train import PriorTrainer, prior_train_config
+from tokenizer.prior_train import PriorLearner, prior_train_config
+from tokenizer.token_train import TokenTrainer
 from tokenizer.train_log import Observer
 
 
@@ -28,11 +29,11 @@ def train_prior(
     spec = read_token_train_spec(path)
     config = prior_train_config(spec.training(), str(path))
 
-    def build(folder: Path, device: torch.device, observer: Observer) -> PriorTrainer:
+    def build(folder: Path, device: torch.device, observer: Observer) -> TokenTrainer:
         datasets = open_datasets(spec.data, storage_options)
-        return PriorTrainer(
+        return TokenTrainer(
             config,
-            token_kind(datasets),
+            PriorLearner(config, token_kind(datasets), device),
             TokenBatches(spec.data, datasets, batch=config.optimizer.batch, seed=config.run.seed),
             folder,
             device=device,

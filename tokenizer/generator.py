@@ -31,7 +31,7 @@ class MaskedTokenModel(nn.Module):
             self.signs = nn.Linear(config.bits_per_token, config.width)
             self.masked = nn.Parameter(torch.empty(config.num_groups, config.width))
             self.labels = nn.Parameter(torch.empty(len(config.classes) + 1, config.width))
-            self.transformer = FrameTransformer(config.transformer, config.num_tokens, 1)
+            self.transformer = FrameTransformer(config.transformer, config.tokens_per_frame, 1)
             self.head = nn.Linear(config.width, config.num_groups << config.group_size)
         if seed is not None:
             self.to_empty(device="cpu")

@@ -2,64 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from schemas.errors import SpecError, nearest_name, printable
-from tokenizer.config import (
-    MAX_BITS_PER_TOKEN,
-    MAX_GROUP_SIZE,
-    TransformerConfig,
-    known_fields,
-    require_bool,
-    require_int,
-)
-from tokenizer.prior_config import MAX_GRID_SIDE
+from tokenizer.config import TransformerConfig
+from tokenizer.token_model_config import TokenModelConfig
 
 MAX_CLASSES = 65_536
 MAX_NAME_CHARACTERS = 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GeneratorConfig:
+class GeneratorConfig(TokenModelConfig):
     """Everything that a `MaskedTokenModel` is, except its weights."""
 
-    preset: str = "custom"
-    """Name under which the sizes were chosen; it changes nothing."""
-    bits_per_token: int = 18
-    """L: bits of one token."""
-    group_size: int = 9
-    """Bits of a symbol; divides `bits_per_token`."""
-    grid: tuple[int, int] = (16, 16)
-    """Rows and columns of tokens in one frame."""
+    model = "generator"
+
     classes: tuple[str, ...] = ()
     """Names of labels 0, 1, ...; empty where it knows none."""
-    width: int = 256
-    """Channels of a token inside the transformer."""
     layers: int = 8
-    heads: int = 4
-    mlp_ratio: float = 4.0
-    """Hidden width of a block's MLP, as a multiple of `width`."""
-    tokenizer_sha256: str = ""
-    """Weight hash of the tokenizer whose tokens it makes; empty before it is trained."""
-    trained: bool = False
-    """False where the weights are random."""
 
     def __post_init__(self) -> None:
-        require_int("bits_per_token", self.bits_per_token, 1, MAX_BITS_PER_TOKEN)
-        require_int("group_size", self.group_size, 1, MAX_GROUP_SIZE)
-        if not isinstance(self.grid, tuple) or len(self.grid) != 2:
-            raise SpecError(f"grid is {self.grid!r}; it must be two numbers, rows and columns.")
-        for side in self.grid:
-            require_int("grid", side, 1, MAX_GRID_SIDE)
-        if self.bits_per_token % self.group_size:
-            raise SpecError(
-                f"bits_per_token is {self.bits_per_token}, not a multiple of group_size, {self.group_size}."
-            )
-        require_bool("trained", self.trained)
-        if not isinstance(self.preset, str) or not isinstance(self.tokenizer_sha256, str):
-            raise SpecError("preset and tokenizer_sha256 are texts.")
+        TokenModelConfig.__post_init__(self)
         check_classes(self.classes)
         # Checks the sizes.
         _ = self.transformer
@@ -68,16 +32,6 @@ class GeneratorConfig:
     def transformer(self) -> TransformerConfig:
         """The sizes of the blocks."""
         return TransformerConfig(width=self.width, layers=self.layers, heads=self.heads, mlp_ratio=self.mlp_ratio)
-
-    @property
-    def num_groups(self) -> int:
-        """Symbols of a token."""
-        return self.bits_per_token // self.group_size
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of a frame."""
-        return self.grid[0] * self.grid[1]
 
     @property
     def no_label(self) -> int:
@@ -94,23 +48,6 @@ class GeneratorConfig:
                 f"There is no class {printable(name)!r}.{nearest_name(name, self.classes)} The classes are {shown}."
             )
         return self.classes.index(name)
-
-    def to_json_dict(self) -> dict[str, Any]:
-        """The config as JSON types; `from_json_dict` reads it back equal."""
-        lists = {"grid": list(self.grid), "classes": list(self.classes)}
-        return {"model": "generator", **dataclasses.asdict(self), **lists}
-
-    @classmethod
-    def from_json_dict(cls, values: object) -> GeneratorConfig:
-        """Read what `to_json_dict` wrote.  Raises SpecError naming an unknown or impossible value."""
-        if not isinstance(values, dict) or values.get("model") != "generator":
-            raise SpecError("this is no config of a generator of tokens.")
-        given = {name: value for name, value in values.items() if name != "model"}
-        fields = known_fields(cls, given, "generator config")
-        for name in ("grid", "classes"):
-            if isinstance(fields.get(name), list):
-                fields[name] = tuple(fields[name])
-        return cls(**fields)
 
 
 def check_classes(classes: object) -> None:

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +20,8 @@ from tokenizer.codes import bits_to_groups
 from tokenizer.generator import MaskedTokenModel
 from tokenizer.generator_checkpoint import build_generator, read_generator, save_generator
 from tokenizer.generator_config import check_classes, generator_preset
-from tokenizer.token_train import TokenBatch, TokenKind, TokenLearner, TokenTrainConfig, TokenTrainer
+from tokenizer.token_train import TokenBatch, TokenKind, TokenLearner, TokenTrainConfig
 from tokenizer.train_config import build_settings
-from tokenizer.train_log import Observer
-from tokenizer.train_loop import BatchSource
 from tokenizer.unmasking import masked_share
 
 
@@ -83,6 +81,12 @@ def random_masks(shares_B: Tensor, grid: tuple[int, int], num_groups: int, gener
 class GeneratorLearner(TokenLearner[MaskedTokenModel]):
     """Learns to fill in masked groups of the first frame of each clip."""
 
+    name = "generator"
+
+    def __init__(self, config: GeneratorTrainConfig, kind: TokenKind, device: torch.device) -> None:
+        """Raises SpecError where `model.init_from` is for other tokens."""
+        super().__init__(config, starting_generator(config, kind), device)
+
     def losses(self, batch: TokenBatch) -> dict[str, Tensor]:
         """Bits that a token takes whose groups are all masked, by the mean over masked groups."""
         # Spread evenly over the batch: less noise in the loss than from shares that are drawn one by one.
@@ -110,31 +114,9 @@ class GeneratorLearner(TokenLearner[MaskedTokenModel]):
         nats = F.cross_entropy(logits_UK, symbols_U, reduction="sum")
         return nats / math.log(2), len(symbols_U) / config.num_groups
 
-
-class GeneratorTrainer(TokenTrainer):
-    """One run of training a generator."""
-
-    newest = "generator"
-
-    def __init__(
-        self,
-        config: GeneratorTrainConfig,
-        kind: TokenKind,
-        batches: BatchSource[TokenBatch],
-        out: str | os.PathLike[str],
-        *,
-        device: torch.device | str = "cpu",
-        validation: Mapping[str, Sequence[TokenBatch]] | None = None,
-        observer: Observer = lambda report: None,
-    ) -> None:
-        """`validation`: batches by the name of their data."""
-        device = torch.device(device)
-        self.learner = GeneratorLearner(config.optimizer, config.run, starting_generator(config, kind), device)
-        super().__init__(config, self.learner, batches, out, device=device, validation=validation, observer=observer)
-
-    def export(self, name: str) -> None:
+    def save(self, folder: Path) -> None:
         """Write the generator."""
-        save_generator(self.learner.model, self.out / name)
+        save_generator(self.model, folder)
 
 
 def starting_generator(config: GeneratorTrainConfig, kind: TokenKind) -> MaskedTokenModel:

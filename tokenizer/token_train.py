@@ -1,4 +1,4 @@
-"""Training of models over tokens: settings, batches, one update, the run; and those of a prior.
+"""Training of models over tokens: settings, batches, one update, the run.
 
 Shape letters: B batch, T frames, h w the grid, L bits per token."""
 
@@ -11,23 +11,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from schemas.errors import SpecError
 from tokenizer.ema import MovingAverage
 from tokenizer.optimizers import make_optimizers
-from tokenizer.prior import TokenPrior
-from tokenizer.prior_checkpoint import build_prior, read_prior, save_prior
-from tokenizer.prior_config import prior_preset
 from tokenizer.ranks import average_gradients, compute_dtype, copy_from_first_rank
 from tokenizer.schedule import clip_gradients, rate_factor
 from tokenizer.train_config import (
     LearningPart,
     LoopPart,
-    build_settings,
     check_loop,
     require_at_least,
     require_same_settings,
@@ -42,28 +38,6 @@ FREE_SETTINGS = {
     "run.validate_every", "run.keep_last",
 }  # fmt: skip
 """What may differ between a run and its continuation."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PriorPart:
-    """Which prior is trained; tokens and grid are those of the data."""
-
-    preset: str = "prior-small"
-    """Sizes to begin with."""
-    init_from: str | None = None
-    """Folder or URL of a prior whose weights are the start; it decides the sizes then."""
-    max_frames: int | None = None
-    """The most frames of a clip; None: as many as the longest of the data."""
-    context_frames: int | None = None
-    """Frames of tokens that one is predicted from; None, here and below: as in the preset."""
-    width: int | None = None
-    layers: int | None = None
-    heads: int | None = None
-    head_width: int | None = None
-    group_size: int | None = None
-    """Bits of a symbol; None: the group size of the data's tokenizer."""
-    dropout: float = 0.1
-    """Of both branches of a block, while training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,24 +73,6 @@ class TokenTrainConfig:
     def require_same_run(self, saved: dict[str, Any], where: str) -> bool:
         """Raise SpecError where `saved`, in JSON types, is another run; return whether only its end has moved."""
         return require_same_settings(saved, self.to_json_dict(), FREE_SETTINGS, where)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PriorTrainConfig(TokenTrainConfig):
-    """A whole run of a prior, except where its tokens come from."""
-
-    model: PriorPart = field(default_factory=PriorPart)
-
-    def __post_init__(self) -> None:
-        TokenTrainConfig.__post_init__(self)
-        if not 0 <= self.model.dropout < 1:
-            raise SpecError(f"model.dropout is {self.model.dropout}; it must be from 0 to below 1.")
-
-
-def prior_train_config(values: object, where: str = "training config") -> PriorTrainConfig:
-    """Read a mapping of settings.  Raises SpecError, in one line, for an unknown name or an impossible value."""
-    config: PriorTrainConfig = build_settings(PriorTrainConfig, values, where)
-    return config
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,12 +119,15 @@ Model = TypeVar("Model", bound=nn.Module)
 class TokenLearner(ABC, Generic[Model]):
     """A model over tokens, its moving average and its optimiser; what it learns is told by a subclass."""
 
-    def __init__(self, learning: LearningPart, loop: LoopPart, model: Model, device: torch.device) -> None:
+    name: str
+    """What the model is; also the folder of its newest weights."""
+
+    def __init__(self, config: TokenTrainConfig, model: Model, device: torch.device) -> None:
         self.model = model.to(device).train()
         copy_from_first_rank(self.model)
-        self.average = MovingAverage(self.model, learning.ema)
-        self.optimizer = make_optimizers(self.model, learning)
-        self._learning, self._device, self._dtype = learning, device, compute_dtype(loop, device)
+        self.average = MovingAverage(self.model, config.optimizer.ema)
+        self.optimizer = make_optimizers(self.model, config.optimizer)
+        self._learning, self._device, self._dtype = config.optimizer, device, compute_dtype(config.run, device)
 
     @abstractmethod
     def losses(self, batch: TokenBatch) -> dict[str, Tensor]:
@@ -177,6 +136,10 @@ class TokenLearner(ABC, Generic[Model]):
     @abstractmethod
     def measure(self, batch: TokenBatch) -> tuple[float, float]:
         """Bits that the tokens of a validation batch take, and how many tokens that is."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write the model as it is now."""
 
     def update(self, batch: TokenBatch, step: int) -> dict[str, Tensor]:
         """Learn from one batch; gradients that are not finite change nothing, and `skipped` is 1."""
@@ -225,13 +188,18 @@ class TokenTrainer(TrainLoop[TokenBatch]):
         batches: BatchSource[TokenBatch],
         out: str | os.PathLike[str],
         *,
-        device: torch.device,
+        device: torch.device | str = "cpu",
         validation: Mapping[str, Sequence[TokenBatch]] | None = None,
         observer: Observer = lambda report: None,
     ) -> None:
         """`validation`: batches by the name of their data."""
-        super().__init__(config, learner, batches, out, device=device, observer=observer)
-        self._token_learner, self._validation = learner, validation or {}
+        super().__init__(config, learner, batches, out, device=torch.device(device), observer=observer)
+        self.learner, self._validation = learner, validation or {}
+        self.newest = learner.name
+
+    def export(self, name: str) -> None:
+        """Write the model."""
+        self.learner.save(self.out / name)
 
     def draw(self, batch: TokenBatch) -> None:
         """The curve of bits per token, as SVG."""
@@ -242,97 +210,18 @@ class TokenTrainer(TrainLoop[TokenBatch]):
     @torch.no_grad()
     def measure(self) -> tuple[dict[str, float], float]:
         """Bits that a token of each kind of validation data takes, and of all together, which ranks."""
-        self._token_learner.model.eval()
+        self.learner.model.eval()
         values: dict[str, float] = {}
         total_bits = total_tokens = 0.0
         for name, batches in self._validation.items():
             bits = tokens = 0.0
             for batch in batches:
-                with self._token_learner.autocast():
-                    batch_bits, batch_tokens = self._token_learner.measure(batch.to(self.device))
+                with self.learner.autocast():
+                    batch_bits, batch_tokens = self.learner.measure(batch.to(self.device))
                 bits, tokens = bits + batch_bits, tokens + batch_tokens
             values[f"val_bits_{name}"] = bits / tokens
             total_bits, total_tokens = total_bits + bits, total_tokens + tokens
-        self._token_learner.model.train()
+        self.learner.model.train()
         if values:
             values["val_bits"] = total_bits / total_tokens
         return values, -values.get("val_bits", math.inf)
-
-
-class PriorLearner(TokenLearner[TokenPrior]):
-    """Learns to give high probabilities to tokens."""
-
-    def losses(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """The mean over tokens of -log2 p: bits that a token takes."""
-        return {"loss": bits_of_tokens(self.model, batch).sum() / batch.num_tokens}
-
-    def measure(self, batch: TokenBatch) -> tuple[float, float]:
-        """The bits of all tokens together, and their number."""
-        return float(bits_of_tokens(self.model, batch).double().sum()), batch.num_tokens
-
-
-class PriorTrainer(TokenTrainer):
-    """One run of training a prior."""
-
-    newest = "prior"
-
-    def __init__(
-        self,
-        config: PriorTrainConfig,
-        kind: TokenKind,
-        batches: BatchSource[TokenBatch],
-        out: str | os.PathLike[str],
-        *,
-        device: torch.device | str = "cpu",
-        validation: Mapping[str, Sequence[TokenBatch]] | None = None,
-        observer: Observer = lambda report: None,
-    ) -> None:
-        """`validation`: batches by the name of their data."""
-        device = torch.device(device)
-        self.learner = PriorLearner(config.optimizer, config.run, starting_prior(config, kind), device)
-        super().__init__(config, self.learner, batches, out, device=device, validation=validation, observer=observer)
-
-    def export(self, name: str) -> None:
-        """Write the prior."""
-        save_prior(self.learner.model, self.out / name)
-
-
-def bits_of_tokens(prior: TokenPrior, batch: TokenBatch) -> Tensor:
-    """-log2 p of each token, fp32 [B, T, h, w], 0 where the batch only pads; with gradients."""
-    bits_BThw = prior.log_prob(batch.bits) * (-1 / math.log(2))
-    return bits_BThw if batch.mask is None else bits_BThw * batch.mask[..., None, None]
-
-
-def starting_prior(config: PriorTrainConfig, kind: TokenKind) -> TokenPrior:
-    """The prior at step 0, for tokens of `kind`.  Raises SpecError where `model.init_from` is for other tokens."""
-    part = config.model
-    max_frames = part.max_frames or kind.max_frames
-    if part.init_from is not None:
-        prior = build_prior(read_prior(part.init_from)).requires_grad_(True)
-        prior.dropout = part.dropout
-        sizes = prior.config
-        if (sizes.bits_per_token, sizes.grid) != (kind.bits, kind.grid) or sizes.max_frames < max_frames:
-            raise SpecError(
-                f"model.init_from: {part.init_from} is for tokens of {sizes.bits_per_token} bits on a grid of "
-                f"{sizes.grid} in clips of up to {sizes.max_frames} frames; the data has {kind.bits}, {kind.grid} and "
-                f"{max_frames}."
-            )
-        prior.config = dataclasses.replace(sizes, tokenizer_sha256=kind.tokenizer_sha256)
-        return prior
-    given: dict[str, Any] = {
-        name: getattr(part, name)
-        for name in ("context_frames", "width", "layers", "heads", "head_width")
-        if getattr(part, name) is not None
-    }
-    if given:
-        given["preset"] = "custom"
-    sizes = dataclasses.replace(
-        prior_preset(part.preset),
-        **given,
-        bits_per_token=kind.bits,
-        group_size=part.group_size or kind.group_size,
-        grid=kind.grid,
-        max_frames=max_frames,
-        tokenizer_sha256=kind.tokenizer_sha256,
-    )
-    return TokenPrior(sizes, seed=config.run.seed, dropout=part.dropout)

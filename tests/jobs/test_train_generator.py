@@ -17,7 +17,8 @@ from schemas.errors import Interrupted, SpecError
 from schemas.trainspec import LabelledTokenDataSpec, read_generator_train_spec
 from tests.token_datasets import TokenDatasetWriter
 from tokenizer.generator_checkpoint import build_generator, generator_config, read_generator
-from tokenizer.generator_train import GeneratorPart, GeneratorTrainer, generator_train_config
+from tokenizer.generator_train import GeneratorPart, generator_train_config
+from tokenizer.token_train import TokenTrainer
 from tokenizer.train_state import find_states, load_state
 from tokenizer.unmasking import SamplingOptions, sample_tokens
 
@@ -71,7 +72,7 @@ def logged(folder, name="loss"):
 def test_a_run_that_is_resumed_goes_on_with_equal_losses(datasets, tmp_path, monkeypatch, stop_after):
     train_generator(train_file(tmp_path / "whole", datasets))
     path = train_file(tmp_path / "resumed", datasets)
-    collect = GeneratorTrainer._collect
+    collect = TokenTrainer._collect
 
     def counted(self, metrics, num_samples):
         collect(self, metrics, num_samples)
@@ -79,7 +80,7 @@ def test_a_run_that_is_resumed_goes_on_with_equal_losses(datasets, tmp_path, mon
             self.stop()
 
     with monkeypatch.context() as patched:
-        patched.setattr(GeneratorTrainer, "_collect", counted)
+        patched.setattr(TokenTrainer, "_collect", counted)
         with pytest.raises(Interrupted, match=f"Saved after step {stop_after} of 6"):
             train_generator(path)
     train_generator(path, resume=True)

@@ -17,15 +17,8 @@ from schemas.errors import Interrupted, SpecError
 from schemas.trainspec import TokenDataSpec, read_token_train_spec
 from tests.token_datasets import TokenDatasetWriter
 from tokenizer.prior_checkpoint import build_prior, prior_config, read_prior
-from tokenizer.token_train import (
-    PriorPart,
-    PriorTrainer,
-    TokenBatch,
-    TokenLearningPart,
-    bits_of_tokens,
-    prior_train_config,
-    starting_prior,
-)
+from tokenizer.prior_train import PriorPart, bits_of_tokens, prior_train_config, starting_prior
+from tokenizer.token_train import TokenBatch, TokenLearningPart, TokenTrainer
 from tokenizer.train_state import find_states, load_state
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -75,7 +68,7 @@ def logged(folder, name="loss"):
 def test_a_run_that_is_resumed_goes_on_with_equal_losses(datasets, tmp_path, monkeypatch, stop_after):
     train_prior(train_file(tmp_path / "whole", datasets))
     path = train_file(tmp_path / "resumed", datasets)
-    update = PriorTrainer._collect
+    update = TokenTrainer._collect
 
     def counted(self, metrics, num_samples):
         update(self, metrics, num_samples)
@@ -83,7 +76,7 @@ def test_a_run_that_is_resumed_goes_on_with_equal_losses(datasets, tmp_path, mon
             self.stop()
 
     with monkeypatch.context() as patched:
-        patched.setattr(PriorTrainer, "_collect", counted)
+        patched.setattr(TokenTrainer, "_collect", counted)
         with pytest.raises(Interrupted, match=f"Saved after step {stop_after} of 6"):
             train_prior(path)
     with pytest.raises(SpecError, match=r"holds a run. Add --resume"):
