@@ -73,7 +73,8 @@ def make_optimizers(module: nn.Module, settings: LearningPart, *, may_use_muon: 
             f"optimizer.method is 'muon', which torch {torch.__version__} does not have. Install torch 2.9 or newer, "
             "or set it to adamw."
         )
-    hidden = [each for name, each in module.named_parameters() if ".blocks." in f".{name}" and each.ndim == 2]
+    learning = [(name, each) for name, each in module.named_parameters() if each.requires_grad]
+    hidden = [each for name, each in learning if ".blocks." in f".{name}" and each.ndim == 2]
     chosen = {id(each) for each in hidden}
     rest = [{**group, "params": [each for each in group["params"] if id(each) not in chosen]} for group in groups]
     muon = torch.optim.Muon(

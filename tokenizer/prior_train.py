@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,21 +73,33 @@ class PriorLearner(TokenLearner[TokenPrior]):
 
     def losses(self, batch: TokenBatch) -> dict[str, Tensor]:
         """The mean over tokens of -log2 p: bits that a token takes."""
-        return {"loss": bits_of_tokens(self.model, batch).sum() / batch.num_tokens}
+        # Clips of one length at a time: pictures that are padded to a clip would take as long as one.
+        total = torch.stack([bits_of_tokens(self.model, part).sum() for part in parts_of_one_length(batch)]).sum()
+        return {"loss": total / batch.num_tokens}
 
     def measure(self, batch: TokenBatch) -> tuple[float, float]:
         """The bits of all tokens together, and their number."""
-        return float(bits_of_tokens(self.model, batch).double().sum()), batch.num_tokens
+        total = sum(float(bits_of_tokens(self.model, part).double().sum()) for part in parts_of_one_length(batch))
+        return total, batch.num_tokens
 
     def save(self, folder: Path) -> None:
         """Write the prior."""
         save_prior(self.model, folder)
 
 
+def parts_of_one_length(batch: TokenBatch) -> Iterator[TokenBatch]:
+    """The clips of a batch without padding, those of one length together."""
+    if batch.mask is None:
+        yield batch
+        return
+    lengths_B = batch.mask.sum(1)
+    for length in sorted(set(lengths_B.tolist())):
+        yield TokenBatch(batch.bits[lengths_B == length, :length])
+
+
 def bits_of_tokens(prior: TokenPrior, batch: TokenBatch) -> Tensor:
-    """-log2 p of each token, fp32 [B, T, h, w], 0 where the batch only pads; with gradients."""
-    bits_BThw = prior.log_prob(batch.bits) * (-1 / math.log(2))
-    return bits_BThw if batch.mask is None else bits_BThw * batch.mask[..., None, None]
+    """-log2 p of each token of clips without padding, fp32 [B, T, h, w], with gradients."""
+    return prior.log_prob(batch.bits) * (-1 / math.log(2))
 
 
 def starting_prior(config: PriorTrainConfig, kind: TokenKind) -> TokenPrior:

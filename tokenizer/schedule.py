@@ -49,13 +49,15 @@ def ramp(step: int, *, start: float, steps: int) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay: Decay = "matrices") -> list[dict[str, Any]]:
-    """Groups for AdamW, in the order of `named_parameters`.
+    """Groups for AdamW of the parameters that learn, in the order of `named_parameters`.
 
     With "matrices" only the weights of linear and convolution layers decay; norms, biases, factors per channel and
     embeddings do not.  With "all" everything does, as in the reference."""
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         is_matrix = parameter.ndim >= 2 and name.rpartition(".")[2] not in EMBEDDINGS
         (decayed if decay == "all" or is_matrix else kept).append(parameter)
     groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": weight_decay}]

@@ -39,6 +39,8 @@ class ModelPart:
     head_width: int | None = None
     bits_per_token: int | None = None
     group_size: int | None = None
+    decoder_layers: int | None = None
+    """Of the decoder alone.  Layers beyond those of `init_from` begin as the identity."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +116,8 @@ class LearningPart:
 class OptimizerPart(LearningPart):
     """How the tokenizer and its discriminator learn."""
 
+    learns: Literal["all", "decoder"] = "all"
+    """decoder: the encoder stays as it is, and tokens with it; pictures of tokens that are stored become better."""
     batch_images: int = 32
     """Images in a batch of one process."""
     batch_clips: int = 2
@@ -219,9 +223,11 @@ class TrainConfig:
         both = {name: getattr(part, name) for name in ("width", "layers", "heads") if getattr(part, name) is not None}
         sizes = ("image_size", "max_frames", "head_width", "bits_per_token", "group_size")
         changed: dict[str, Any] = {name: getattr(part, name) for name in sizes if getattr(part, name) is not None}
-        if both or changed:
+        if both or changed or part.decoder_layers is not None:
             changed["preset"] = "custom"
         halves = {name: dataclasses.replace(getattr(config, name), **both) for name in ("encoder", "decoder")}
+        if part.decoder_layers is not None:
+            halves["decoder"] = dataclasses.replace(halves["decoder"], layers=part.decoder_layers)
         return dataclasses.replace(config, losses=self.losses.quantizer, **halves, **changed)
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from schemas.errors import SpecError
 from tokenizer.bsqvit import BSQViT
 from tokenizer.code_usage import CodeCounts
 from tokenizer.config import BSQViTConfig
@@ -37,6 +38,7 @@ from tokenizer.ranks import average_gradients, compute_dtype, copy_from_first_ra
 from tokenizer.schedule import clip_gradients, ramp, rate_factor
 from tokenizer.train_config import TrainConfig
 from tokenizer.train_state import TrainState, load_optimizer, optimizer_tensors
+from tokenizer.vit import Block
 
 Metrics = dict[str, Tensor]
 
@@ -64,6 +66,9 @@ class Learner:
             if each is not None:
                 copy_from_first_rank(each)
         self.average = MovingAverage(self.model, part.ema)
+        if part.learns == "decoder":
+            for half in (self.model.encoder, self.model.to_latents):
+                half.requires_grad_(False)
         self.optimizer = make_optimizers(self.model, part)
         self.discriminator_optimizer = (
             make_optimizers(self.discriminator, part, may_use_muon=False) if self.discriminator else None
@@ -83,7 +88,7 @@ class Learner:
         rate = self._set_learning_rates(step)
         real_BCHW = pictures(frames_BTHWC.float() / 127.5 - 1)
         metrics, fake_BCHW = self._tokenizer_gradients(frames_BTHWC, real_BCHW, step)
-        parameters = list(self.model.parameters())
+        parameters = [each for each in self.model.parameters() if each.requires_grad]
         average_gradients(parameters)
         metrics["grad_norm"] = clip_gradients(parameters, self.config.optimizer.clip_norm)
         finite = bool(metrics["grad_norm"].isfinite())
@@ -226,9 +231,27 @@ def starting_model(config: TrainConfig, device: torch.device) -> BSQViT:
     if part.init_from is None:
         return BSQViT(config.model_config(), seed=config.run.seed, compute_dtype=dtype)
     model = from_pretrained(part.init_from, image_size=part.image_size, max_frames=part.max_frames, compute_dtype=dtype)
+    if part.decoder_layers is not None:
+        model = with_deeper_decoder(model, part.decoder_layers, seed=config.run.seed)
     model.config = dataclasses.replace(model.config, losses=config.losses.quantizer)
     model.quantizer.loss_config = config.losses.quantizer
     return model
+
+
+@torch.no_grad()
+def with_deeper_decoder(model: BSQViT, num_layers: int, *, seed: int) -> BSQViT:
+    """The same function with more layers in its decoder, which add nothing yet.  Raises SpecError for fewer layers."""
+    half = model.config.decoder
+    if num_layers < half.layers:
+        raise SpecError(f"model.decoder_layers is {num_layers}, but the decoder of model.init_from has {half.layers}.")
+    sizes = dataclasses.replace(model.config, decoder=dataclasses.replace(half, layers=num_layers))
+    deeper = BSQViT(sizes, seed=seed, compute_dtype=model.compute_dtype)
+    for block in cast(list[Block], list(deeper.decoder.transformer.blocks[half.layers :])):
+        for last in (block.attention.out, block.mlp_out):
+            last.weight.zero_()
+            last.bias.zero_()
+    deeper.load_state_dict(model.state_dict(), strict=False)
+    return deeper
 
 
 def training_sizes(config: TrainConfig) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from schemas.errors import Interrupted, SpecError
 from schemas.trainspec import TokenDataSpec, read_token_train_spec
 from tests.token_datasets import TokenDatasetWriter
 from tokenizer.prior_checkpoint import build_prior, prior_config, read_prior
-from tokenizer.prior_train import PriorPart, bits_of_tokens, prior_train_config, starting_prior
+from tokenizer.prior_train import PriorLearner, PriorPart, bits_of_tokens, prior_train_config
 from tokenizer.token_train import TokenBatch, TokenLearningPart, TokenTrainer
 from tokenizer.train_state import find_states, load_state
 
@@ -116,16 +116,21 @@ def test_a_prior_learns_what_tokens_have_in_common(tmp_path):
     assert curve.startswith("<svg") and "val_bits" in curve and "loss" in curve
 
 
-def test_padding_of_a_batch_counts_nothing(datasets):
+def test_padding_of_a_batch_counts_and_costs_nothing(datasets):
     spec = TokenDataSpec(train={"clips": str(datasets / "clips")})
     batch = TokenBatches(spec, open_datasets(spec, None), batch=5, seed=0).next_batch()
     assert batch.mask is not None and batch.num_tokens == int(batch.mask.sum()) * 6
-    config = prior_train_config({"model": {"width": 16, "layers": 1, "heads": 2, "head_width": 16}})
-    prior = starting_prior(config, token_kind(open_datasets(spec, None))).eval()
-    whole = bits_of_tokens(prior, batch)
-    for bits, mask, taken in zip(batch.bits, batch.mask, whole, strict=True):
-        alone = bits_of_tokens(prior, TokenBatch(bits[mask][None]))
-        assert torch.allclose(alone.sum(), taken.sum(), rtol=1e-5)
+    config = prior_train_config({"model": {"width": 16, "layers": 1, "heads": 2, "head_width": 16, "dropout": 0.0}})
+    learner = PriorLearner(config, token_kind(open_datasets(spec, None)), torch.device("cpu"))
+    seen = []
+    log_prob = learner.model.log_prob
+    learner.model.log_prob = lambda bits: seen.append(bits.shape[:2]) or log_prob(bits)
+    loss = float(learner.losses(batch)["loss"])
+    assert sum(clips * frames for clips, frames in seen) == int(batch.mask.sum())
+    alone = [TokenBatch(bits[mask][None]) for bits, mask in zip(batch.bits, batch.mask, strict=True)]
+    total = sum(float(bits_of_tokens(learner.model, clip).sum()) for clip in alone)
+    assert loss == pytest.approx(total / batch.num_tokens, rel=1e-5)
+    assert learner.measure(batch) == (pytest.approx(total, rel=1e-5), batch.num_tokens)
 
 
 def test_mistakes_are_one_line(datasets, tmp_path):

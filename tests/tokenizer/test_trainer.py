@@ -244,6 +244,31 @@ def test_a_video_run_starts_from_an_image_tokenizer_with_its_output_unchanged(tm
     assert starting_model(larger, CPU).config.grid == (5, 5)
 
 
+@pytest.mark.parametrize("method", ["adamw", "muon"])
+def test_a_deeper_decoder_begins_as_the_same_function_and_learns_alone(tmp_path, method):
+    arrays = [frames(10, 1), frames(5, 4, seed=1)]
+    train(settings(), tmp_path / "first", arrays)
+    first = from_pretrained(tmp_path / "first" / "tokenizer")
+    part = {"preset": "vit-tiny-32-l18", "init_from": str(tmp_path / "first" / "tokenizer"), "decoder_layers": 3}
+    config = settings(model=part, optimizer={"learns": "decoder", "method": method, "weight_decay": 0.1})
+    picture = torch.from_numpy(frames(2, 2, 32, seed=7))
+    deeper = starting_model(config, CPU).eval()
+    assert len(deeper.decoder.transformer.blocks) == 3
+    assert torch.equal(deeper(picture), first(picture))
+    train(config, tmp_path / "second", arrays)
+    second = from_pretrained(tmp_path / "second" / "tokenizer")
+    assert torch.equal(second.encode(picture), first.encode(picture))
+    for half in ("encoder", "to_latents"):
+        old, learnt = (getattr(each, half).state_dict() for each in (first, second))
+        assert all(torch.equal(learnt[name], value) for name, value in old.items())
+    assert not torch.equal(second(picture), first(picture))
+    assert second.decoder.transformer.blocks[2].mlp_out.weight.abs().sum() > 0
+    with pytest.raises(SpecError, match=r"decoder_layers is 1, but the decoder of model.init_from has 3"):
+        starting_model(
+            settings(model={**part, "init_from": str(tmp_path / "second" / "tokenizer"), "decoder_layers": 1}), CPU
+        )
+
+
 # ---- several processes
 
 
