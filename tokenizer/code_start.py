@@ -60,7 +60,14 @@ class CodeLearner(Learner):
         Raises SpecError where the model's grid has no such blocks or the frames are too few."""
         config = self.model.config
         frames_BCHW = pictures(frames_BTHWC.to(self.device).float() / 127.5 - 1)
-        self._use(TransformCode.fit(frames_BCHW, patch_size=config.patch_size, bits_per_token=config.bits_per_token))
+        self._use(
+            TransformCode.fit(
+                frames_BCHW,
+                patch_size=config.patch_size,
+                bits_per_token=config.bits_per_token,
+                num_classes=self.config.losses.code_classes,
+            )
+        )
         if self.config.model.init_from is None:
             self._begin(frames_BCHW)
 

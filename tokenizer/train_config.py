@@ -50,6 +50,8 @@ class LossPart:
     transform_code: bool = False
     """Teach both halves a fixed transform code, each by itself, instead of each other; what judges reconstructions
     teaches the decoder, all other losses wait."""
+    code_classes: int = 1
+    """Classes of blocks of the transform code: more make a better code that takes longer to learn."""
     own_bits_from: float = 0.5
     """With `transform_code`, share of the steps after which the decoder is given the encoder's bits."""
     reconstruction: Literal["l1", "mse", "log_mse"] = "l1"
@@ -188,6 +190,7 @@ class TrainConfig:
                 "optimizer.batch_images": (self.optimizer.batch_images, 1),
                 "optimizer.batch_clips": (self.optimizer.batch_clips, 1),
                 "losses.r1_every": (self.losses.r1_every, 1),
+                "losses.code_classes": (self.losses.code_classes, 1),
             }
         )
         for name, share in (

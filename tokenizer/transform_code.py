@@ -66,7 +66,7 @@ class TransformCode:
         patch_size: int,
         bits_per_token: int,
         block_tokens: int = BLOCK_TOKENS,
-        num_classes: int = 8,
+        num_classes: int = 1,
         most_bits: int = 6,
     ) -> TransformCode:
         """The code of pictures like these, planar floats; `most_bits` is the most that one coefficient gets.

@@ -30,7 +30,7 @@ def pictures(num: int, size: int = 32, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def code() -> TransformCode:
-    return TransformCode.fit(pictures(600), patch_size=8, bits_per_token=18, most_bits=5)
+    return TransformCode.fit(pictures(600), patch_size=8, bits_per_token=18, num_classes=8, most_bits=5)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_a_tokenizer_learns_the_code_and_resumes_on_the_same_losses(tmp_path) ->
 
     def run(out, steps, resume=False):
         config = tiny_settings(
-            losses={"transform_code": True},
+            losses={"transform_code": True, "code_classes": 8},
             optimizer={"steps": 60, "learning_rate": 3e-3, "warmup_steps": 5, "batch_images": 16},
             run={"save_every": 20},
         )
