@@ -41,7 +41,7 @@ from tokenizer.prior_coder import PriorCoder
 
 RATES = {"photos": (0.1, 0.14, 0.2, 0.28, 0.4, 0.56), "clips": (0.03, 0.06, 0.1, 0.16, 0.28)}
 """Bits per pixel of payload that codecs are asked for, besides those of the models."""
-COLOURS = ("#4269d0", "#ff725c", "#3ca951", "#a463f2", "#9c6b4e", "#6cc5b0")
+COLOURS = ("#4269d0", "#ff725c", "#3ca951", "#a463f2", "#9c6b4e", "#16a3a3", "#e0a100", "#444444")
 WIDTH, HEIGHT, MARGIN = 560, 340, 48
 
 Frames = npt.NDArray[np.uint8]
@@ -206,12 +206,21 @@ def table(kind: str, count: int, points: Sequence[Point]) -> str:
     return "\n".join([*lines, ""])
 
 
+def ticks(low: float, high: float) -> list[float]:
+    """Four to nine round numbers, evenly spaced, from not above `low` to not below `high`."""
+    rough = (high - low) / 5
+    unit = 10 ** math.floor(math.log10(rough))
+    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [round(number * step, 6) for number in range(first, last + 1)]
+
+
 def plot(points: Sequence[Point], kind: str, measure: str) -> str:
     """SVG: a line for each codec, a mark for each model."""
-    x_high = max(point.payload_bpp for point in points) * 1.05
+    rates = ticks(0, max(point.payload_bpp for point in points))
     values = [getattr(point, measure) for point in points]
-    low, high = min(values), max(values)
-    high += 0.05 * (high - low)
+    levels = ticks(min(values), max(values))
+    x_high, low, high = rates[-1], levels[0], levels[-1]
 
     def place(point: Point) -> tuple[float, float]:
         y = MARGIN + (HEIGHT - 2 * MARGIN) * (high - getattr(point, measure)) / (high - low)
@@ -223,12 +232,13 @@ def plot(points: Sequence[Point], kind: str, measure: str) -> str:
         f'font-size="12"><rect width="100%" height="100%" fill="#fff"/>',
         f'<text x="{MARGIN}" y="20" font-size="14">{kind}: {title} against bits per pixel of payload</text>',
     ]
-    for number in range(5):
-        value, rate = low + (high - low) * number / 4, x_high * number / 4
-        x, y = place(Point("", rate, 0, value, value))
+    for value in levels:
+        y = place(Point("", 0, 0, value, value))[1]
         parts.append(f'<path d="M{MARGIN} {y}H{WIDTH - MARGIN}" stroke="#ddd"/>')
-        parts.append(f'<text x="{MARGIN - 6}" y="{y + 4}" text-anchor="end">{value:.3g}</text>')
-        parts.append(f'<text x="{x}" y="{HEIGHT - MARGIN + 18}" text-anchor="middle">{rate:.2f}</text>')
+        parts.append(f'<text x="{MARGIN - 6}" y="{y + 4}" text-anchor="end">{value:g}</text>')
+    for rate in rates:
+        x = place(Point("", rate, 0, low, low))[0]
+        parts.append(f'<text x="{x}" y="{HEIGHT - MARGIN + 18}" text-anchor="middle">{rate:g}</text>')
     methods: dict[str, list[Point]] = defaultdict(list)
     for point in points:
         methods[point.method].append(point)
@@ -236,7 +246,9 @@ def plot(points: Sequence[Point], kind: str, measure: str) -> str:
         colour, places = COLOURS[number % len(COLOURS)], [place(point) for point in several]
         path = "L".join(f"{x} {y}" for x, y in sorted(places))
         parts.append(f'<path d="M{path}" fill="none" stroke="{colour}"/>')
-        parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>' for x, y in places]
+        # A model has one rate: a large mark, and no line.
+        radius = 3 if len(several) > 1 else 6
+        parts += [f'<circle cx="{x}" cy="{y}" r="{radius}" fill="{colour}" fill-opacity="0.8"/>' for x, y in places]
         parts.append(f'<text x="{WIDTH - 40}" y="{MARGIN + 18 * number}" fill="{colour}">{escape(name)}</text>')
     return "\n".join([*parts, "</svg>\n"])
 
