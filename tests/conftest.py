@@ -22,7 +22,7 @@ hypothesis.settings.load_profile("fixed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=6, help="kills at random moments in the kill matrix")
+    parser.addoption("--kills", type=int, default=4, help="kills at random moments in the kill matrix")
 
 
 @pytest.fixture(scope="session")

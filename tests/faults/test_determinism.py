@@ -35,6 +35,7 @@ def tokenize_in_every_way(
     return folder / "out-0"
 
 
+@pytest.mark.long
 def test_bytes_do_not_depend_on_workers_batches_or_who_runs_them(tmp_path: Path, bsq: RunBsq) -> None:
     mixed = photo_members(0, 6)
     mixed[4:4] = [("clip-a.mp4", mp4(1, 5)), ("clip-a.txt", b"five frames")]

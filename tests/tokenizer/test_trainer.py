@@ -350,8 +350,9 @@ def test_two_processes_fit_the_transform_code_that_one_fits_and_learn_it_alike(t
         assert torch.equal(found, both[1][name])
         if name.startswith("code."):
             assert torch.equal(found, one[name])
-    for found, wanted in zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True):
-        assert found == pytest.approx(wanted, rel=2e-2)
+    # A process logs the loss of its own half of the batch; gradients are those of the whole.
+    norms = [[norm for _, _, norm in losses(tmp_path / name)] for name in ("two", "one")]
+    assert norms[0] == pytest.approx(norms[1], rel=2e-2)
 
 
 SCRIPT = """
