@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
 PYTEST_ARGS ?= -m 'not long and not longest'
+TEST_PROCESSES ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --constraint constraints.txt
@@ -13,13 +14,14 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --constr
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@echo "Variables: PYTHON=$(PYTHON) (3.11 or later), VENV=$(VENV), DEMO=$(DEMO), PYTEST_ARGS='-k name'"
+	@echo "Variables: PYTHON=$(PYTHON) (3.11 or later), VENV=$(VENV), DEMO=$(DEMO), PYTEST_ARGS='-k name',"
+	@echo "  TEST_PROCESSES=$(TEST_PROCESSES) (0: one after another, in one process)"
 
 demo: $(VENV)/.demo ## Tokenize a small corpus of photographs and clips into demo/
 	@$(BIN)/bsq demo --out $(DEMO)
 
 test: $(VENV)/.test ## Run the tests, but for the longest (some minutes)
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint ## Check style and types
 	@$(BIN)/ruff check .
