@@ -4,14 +4,15 @@ those of real pictures, and whether they are copies of training pictures.
 python -m benchmarks.synthesis --weights runs/generator/best --train 'labelled-clothes/train-*.tar' \\
     --validation 'labelled-clothes/val-*.tar' --out synthesis
 
-The classifier is a small one, trained here on the real training pictures.  Everything is measured in its features:
-distances are for comparison with the other lines of the same table, and not with FID."""
+The classifier is a small one, trained here on the real training pictures.  Distances in its features are for comparison
+with the other lines of the same table, and not with FID, which `--inception` adds with the inception score."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from tokenizer.bsqvit import BSQViT
 from tokenizer.checkpoint import from_pretrained
 from tokenizer.frechet import FeatureStatistics, frechet_distance
 from tokenizer.generator_checkpoint import build_generator, read_generator
+from tokenizer.inception import InceptionFeatures, inception_score, load_inception
 from tokenizer.losses import to_uint8
 from tokenizer.unmasking import SamplingOptions, sample_tokens
 
@@ -72,17 +74,38 @@ class Classifier(nn.Module):
 
 
 class Seen(NamedTuple):
-    """What the classifier makes of pictures."""
+    """What the classifier, and Inception where it is at hand, make of pictures."""
 
     features: Tensor
     """[N, F]"""
     labels: Tensor
     """Of the classes that it sees, int64 [N]."""
+    inception: Tensor | None
+    """[N, 2048]"""
+    score: tuple[float, float] | None
+    """Mean and deviation of the inception score."""
 
-    def statistics(self) -> FeatureStatistics:
-        statistics = FeatureStatistics()
-        statistics.add(self.features)
-        return statistics
+
+@dataclass(frozen=True)
+class Looker:
+    """What looks at pictures."""
+
+    classifier: Classifier
+    inception: InceptionFeatures | None
+
+    @torch.no_grad()
+    def __call__(self, pictures: Pictures) -> Seen:
+        device = self.classifier.head.weight.device
+        parts = [self.classifier.features(part.to(device)) for part in shrink(pictures.pixels).split(BATCH)]
+        features = torch.cat(parts)
+        labels = self.classifier.head(features).argmax(-1)
+        if self.inception is None:
+            return Seen(features.cpu(), labels.cpu(), None, None)
+        found = torch.cat([self.inception(part.to(device)) for part in pictures.pixels.split(BATCH)])
+        # Pictures lie class by class: each part of them for the deviation is to have all classes.
+        mixed = found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).to(device)]
+        score = inception_score(self.inception.logits(mixed))
+        return Seen(features.cpu(), labels.cpu(), found.cpu(), score)
 
 
 def main() -> None:
@@ -95,6 +118,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--guidance", type=float, nargs="+", default=[0.0, 2.0], help="one line of the table for each")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--inception", type=Path, help="weights of Inception (docs/evaluation.md): adds FID and IS")
     parser.add_argument("--epochs", type=int, default=30, help="of the classifier")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, default=Path("synthesis"), help="folder for the table and the pictures")
@@ -105,33 +130,28 @@ def main() -> None:
     classes, size = generator.config.classes, tokenizer.config.image_size
     train, validation = (read_pictures(shards, size) for shards in (given.train, given.validation))
     print(f"{len(train.labels):,} training pictures, {len(validation.labels):,} validation pictures")
+    inception = None if given.inception is None else load_inception(given.inception).to(given.device)
     classifier = train_classifier(train, len(classes), epochs=given.epochs, seed=given.seed, device=given.device)
+    look = Looker(classifier, inception)
 
-    real, learnt = look(classifier, validation), look(classifier, train)
+    table = Table(real := look(validation), learnt := look(train))
+    table.add("training, real", learnt, train.labels)
+    table.add("validation, real", real, validation.labels)
     decoded = Pictures(through(tokenizer, validation), validation.labels)
-    near = nearest(real.features, learnt.features).distances.quantile(NEAR)
-    lines = [
-        "| pictures | agreement | Fréchet distance to validation | nearer to training than "
-        f"{100 * (1 - NEAR):.0f} % of validation |",
-        "|---|---|---|---|",
-        row("training, real", learnt, train.labels, real, None),
-        row("validation, real", real, validation.labels, real, share_near(real, learnt, near)),
-        row("validation, decoded tokens", seen := look(classifier, decoded), validation.labels, real,
-            share_near(seen, learnt, near)),
-    ]  # fmt: skip
+    table.add("validation, decoded tokens", look(decoded), decoded.labels)
     labels = torch.arange(len(classes)).repeat_interleave(given.per_class)
     given.out.mkdir(parents=True, exist_ok=True)
     for guidance in given.guidance:
-        options = SamplingOptions(steps=given.steps, guidance=guidance)
+        options = SamplingOptions(steps=given.steps, guidance=guidance, temperature=given.temperature)
         bits = sample_tokens(generator, labels.tolist(), given.seed, options)
         made = Pictures(decode(tokenizer, bits), labels)
-        seen = look(classifier, made)
         name = f"generated, guidance {guidance:g}"
-        lines.append(row(name, seen, labels, real, share_near(seen, learnt, near)))
+        table.add(name, seen := look(made), labels)
         places = nearest(seen.features, learnt.features).places
         sheet = draw_pairs(name, made, train, places, classes, given.per_class)
         (given.out / f"guidance-{guidance:g}.png").write_bytes(sheet)
-    text = "\n".join(lines)
+        print(table.lines[-1])
+    text = "\n".join(table.lines)
     (given.out / "synthesis.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
@@ -182,14 +202,6 @@ def shrink(pixels_N3HW: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def look(classifier: Classifier, pictures: Pictures) -> Seen:
-    """Features and classes of pictures."""
-    device = classifier.head.weight.device
-    features = torch.cat([classifier.features(part.to(device)) for part in shrink(pictures.pixels).split(BATCH)])
-    return Seen(features.cpu(), classifier.head(features).argmax(-1).cpu())
-
-
-@torch.no_grad()
 def through(tokenizer: BSQViT, pictures: Pictures) -> Tensor:
     """What the tokens of pictures decode to."""
     device = next(tokenizer.parameters()).device
@@ -218,17 +230,45 @@ def nearest(features_NF: Tensor, others_MF: Tensor) -> Nearest:
     return Nearest(1 - highest.values, highest.indices)
 
 
-def share_near(seen: Seen, learnt: Seen, near: Tensor) -> float:
-    """Share of pictures that are nearer to a training picture than `near`."""
-    return float((nearest(seen.features, learnt.features).distances < near).float().mean())
+class Table:
+    """Lines of Markdown, one for each kind of pictures."""
+
+    def __init__(self, real: Seen, learnt: Seen) -> None:
+        """`real` is what is seen in the validation, `learnt` in the training pictures."""
+        self.real, self.learnt = real, learnt
+        self.near = nearest(real.features, learnt.features).distances.quantile(NEAR)
+        titles = ["pictures", "agreement", "Fréchet distance to validation"]
+        titles += [f"nearer to training than {100 * (1 - NEAR):.0f} % of validation"]
+        if real.inception is not None:
+            titles += ["FID to validation", "IS"]
+        self.lines = [_line(titles), _line(["---"] * len(titles)).replace(" ", "")]
+
+    def add(self, name: str, seen: Seen, labels: Tensor) -> None:
+        """What is seen in pictures of these labels."""
+        near = nearest(seen.features, self.learnt.features).distances < self.near
+        cells = [
+            f"{name}, {len(labels):,}",
+            f"{100 * float((seen.labels == labels).float().mean()):.0f} %",
+            f"{_distance(seen.features, self.real.features):.3f}",
+            "" if seen is self.learnt else f"{100 * float(near.float().mean()):.0f} %",
+        ]
+        if seen.inception is not None and self.real.inception is not None and seen.score is not None:
+            cells += [f"{_distance(seen.inception, self.real.inception):.1f}", "{:.2f} ± {:.2f}".format(*seen.score)]
+        self.lines.append(_line(cells))
 
 
-def row(name: str, seen: Seen, labels: Tensor, real: Seen, near: float | None) -> str:
-    """A line of the table."""
-    agreement = float((seen.labels == labels).float().mean())
-    distance = 0.0 if seen is real else frechet_distance(seen.statistics(), real.statistics())
-    shown = "" if near is None else f"{100 * near:.0f} %"
-    return f"| {name}, {len(labels):,} | {100 * agreement:.0f} % | {distance:.3f} | {shown} |"
+def _line(cells: Sequence[str]) -> str:
+    return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
+
+
+def _distance(first_NF: Tensor, second_MF: Tensor) -> float:
+    """Fréchet distance of features; 0 of features to themselves."""
+    if first_NF is second_MF:
+        return 0.0
+    statistics = FeatureStatistics(), FeatureStatistics()
+    for each, features in zip(statistics, (first_NF, second_MF), strict=True):
+        each.add(features)
+    return frechet_distance(*statistics)
 
 
 def draw_pairs(

@@ -3,10 +3,11 @@
 The network is the TensorFlow one of 2015-12-05 in the layout of `pytorch-fid`, whose tensor names it has.  It differs
 from torchvision's: average pools leave padding out, and the last block pools by maximum.
 
-Shape letters: N pictures, C channels, H W pixels, F features."""
+Shape letters: N pictures, C channels, H W pixels, F features, K classes."""
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -17,6 +18,7 @@ from tokenizer.published_weights import fill_published, read_published
 
 WHAT = "the weights of the FID Inception network"
 NUM_FEATURES = 2048
+NUM_CLASSES = 1008
 INPUT_PX = 299
 
 Size = int | tuple[int, int]
@@ -145,7 +147,7 @@ class _Mixed8(nn.Module):
 
 
 class InceptionFeatures(nn.Module):
-    """Pictures to the 2,048 features before the classifier."""
+    """Pictures to the 2,048 features before the classifier, and features to its logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,6 +167,7 @@ class InceptionFeatures(nn.Module):
         self.Mixed_7a = _Reduce8(768)
         self.Mixed_7b = _Mixed8(1280, by_maximum=False)
         self.Mixed_7c = _Mixed8(2048, by_maximum=True)
+        self.fc = nn.Linear(NUM_FEATURES, NUM_CLASSES)
 
     def forward(self, pictures_NCHW: Tensor) -> Tensor:
         """Features fp32 [N, 2048] of uint8 pictures, resized to 299 px as `pytorch-fid` does (bilinear, no filter)."""
@@ -177,6 +180,10 @@ class InceptionFeatures(nn.Module):
         features: Tensor = self.Mixed_7c(self.Mixed_7b(x))
         return features.mean((2, 3))
 
+    def logits(self, features_NF: Tensor) -> Tensor:
+        """Logits [N, 1008] as the inception score takes them: without the bias (Salimans et al. 2016, its code)."""
+        return F.linear(features_NF, self.fc.weight)
+
 
 def load_inception(path: str | os.PathLike[str]) -> InceptionFeatures:
     """The network with published weights, such as `pt_inception-2015-12-05-6726825d.pth` of `pytorch-fid`.
@@ -185,4 +192,18 @@ def load_inception(path: str | os.PathLike[str]) -> InceptionFeatures:
     with torch.device("meta"):
         network = InceptionFeatures()
     weights = read_published(path, WHAT)
-    return fill_published(network, weights, path, WHAT, unused=("fc.", "AuxLogits."))
+    return fill_published(network, weights, path, WHAT, unused=("AuxLogits.",))
+
+
+def inception_score(logits_NK: Tensor, splits: int = 10) -> tuple[float, float]:
+    """exp of the mean KL divergence of each picture's classes from those of all (Salimans et al. 2016).
+
+    Mean and standard deviation over `splits` parts of the pictures, in their order; fewer where there are fewer
+    pictures.  From 1 to K."""
+    scores = []
+    for part_NK in logits_NK.double().tensor_split(min(splits, len(logits_NK))):
+        own_NK = part_NK.log_softmax(1)
+        together_K = own_NK.logsumexp(0) - math.log(len(own_NK))
+        scores.append((own_NK.exp() * (own_NK - together_K)).sum(1).mean().exp())
+    over_parts = torch.stack(scores)
+    return float(over_parts.mean()), float(over_parts.std(correction=0))

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torchmetrics.image.inception import InceptionScore
 
 from schemas.errors import CheckpointError
 from tokenizer.frechet import FeatureStatistics
 from tokenizer.i3d import I3DLogits, load_i3d
-from tokenizer.inception import InceptionFeatures, load_inception
+from tokenizer.inception import InceptionFeatures, inception_score, load_inception
 from tokenizer.metrics import FeatureNetworks, QualityMeter
 
 INCEPTION = [
@@ -58,10 +59,10 @@ def drawn_clips(num, num_frames, seed=1):
 
 @pytest.fixture(scope="module")
 def inception_file(tmp_path_factory):
-    """As it is published: a state dict of torch.save, with the classifier's tensors."""
+    """As it is published: a state dict of torch.save, with tensors that are not used."""
     path = tmp_path_factory.mktemp("inception") / "pt_inception.pth"
     weights = drawn_weights(InceptionFeatures)
-    torch.save({**weights, "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}, path)
+    torch.save({**weights, "AuxLogits.fc.bias": torch.zeros(1008)}, path)
     return path
 
 
@@ -148,3 +149,38 @@ def test_clips_that_are_too_short_for_i3d_have_no_rfvd(i3d_file):
     networks = FeatureNetworks(i3d=i3d_file)
     assert networks.features(drawn_clips(1, 8)) == {}
     assert networks.features(drawn_clips(1, 1)) == {}
+
+
+@pytest.mark.filterwarnings("ignore:Metric `InceptionScore`", "ignore:std\\(\\)")
+@pytest.mark.parametrize("splits", [1, 10])
+def test_the_inception_score_agrees_with_torchmetrics(inception_file, splits, monkeypatch):
+    network = load_inception(inception_file)
+    pictures = drawn_pixels(40, 3, 32, 32)
+    logits = network.logits(network(pictures))
+    # It draws another order; parts of the pictures are compared in the one they have here.
+    monkeypatch.setattr(torch, "randperm", torch.arange)
+    theirs = InceptionScore(feature=Logits(network), splits=splits)
+    theirs.update(pictures)
+    mean, std = theirs.compute()
+    assert inception_score(logits, splits)[0] == pytest.approx(float(mean), rel=1e-5)
+    if splits > 1:
+        unbiased = inception_score(logits, splits)[1] * (splits / (splits - 1)) ** 0.5
+        assert unbiased == pytest.approx(float(std), rel=1e-4)
+
+
+def test_the_inception_score_by_hand():
+    sure, unsure = 50 * torch.eye(5).repeat(4, 1), torch.ones(20, 5)
+    assert inception_score(sure, 2) == pytest.approx((5, 0)), "each picture surely of another of five classes"
+    assert inception_score(unsure, 2) == pytest.approx((1, 0))
+    assert inception_score(sure[:3]) == pytest.approx((1, 0)), "no more parts than pictures"
+
+
+class Logits(torch.nn.Module):
+    """Pictures to logits, as torchmetrics wants them."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, pictures):
+        return self.network.logits(self.network(pictures))
