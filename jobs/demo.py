@@ -12,7 +12,7 @@ from typing import Literal
 import typer
 
 from jobs.demo_corpus import build_demo_corpus
-from jobs.display import describe_bytes, describe_seconds, describe_summary, job_display
+from jobs.display import JobDisplay, describe_bytes, describe_seconds, describe_summary
 from schemas.errors import OutputNotOurs
 from schemas.job import Job
 from schemas.jobspec import parse_spec
@@ -59,7 +59,7 @@ def run_demo(out: Path, *, runner: Literal["ray", "local"] = "ray") -> int:
     command = f"{bsq} tokenize {shlex.quote(shards)} --out {shlex.quote(tokens)}" + " --no-ray" * (runner == "local")
     typer.echo(f"\nTokenizing it, as this command would:\n  {command}")
     spec = parse_spec({"shards": [str(path) for path in corpus.shards], "out": tokens}, source="demo")
-    with job_display() as display:
+    with JobDisplay() as display:
         outcome = start_job(spec, runner=runner, observer=display.observe)
     typer.echo(describe_summary(outcome.progress))
     for line in outcome.lines:

@@ -3,110 +3,27 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
-import time
-from collections.abc import Callable
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
+from jobs.screen import Screen
 from schemas.lease import Progress
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-LINE_EVERY_SECONDS = 10.0
 WAITS_AFTER_SECONDS = 20.0
 """Until then waiting says little: models are loaded, queues are filled."""
-BAR_WIDTH = 30
 WAIT_WORTH_TELLING = 0.25
 """Share of its time that one side must wait for the other before the display says so."""
 READ_WAIT_WORTH_TELLING = 0.5
 """Share of the time without anything to decode that makes storage the limit, where the encoder waits."""
 
 
-class JobDisplay(Protocol):
-    """What a command shows while its job runs."""
+class JobDisplay(Screen):
+    """Shows a job: a line for each event, and how far it is."""
 
     def observe(self, progress: Progress, line: str | None = None) -> None:
         """Show how far the job is, and `line`, something that happened, if given."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-def job_display(stream: TextIO | None = None) -> JobDisplay:
-    """The display for `stream` (stderr): live where it is a terminal, else time-stamped lines."""
-    stream = stream or sys.stderr
-    if stream.isatty() and os.environ.get("TERM") != "dumb":
-        return LiveDisplay(stream)
-    return LineDisplay(stream)
-
-
-class LineDisplay:
-    """A line every ten seconds and one for each event."""
-
-    def __init__(self, stream: TextIO, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._stream = stream
-        self._clock = clock
-        self._last = -LINE_EVERY_SECONDS
-
-    def observe(self, progress: Progress, line: str | None = None) -> None:
         if line is not None:
-            self._write(line)
-        if self._clock() - self._last >= LINE_EVERY_SECONDS:
-            self._last = self._clock()
-            self._write("; ".join(describe_progress(progress)))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
-
-    def _write(self, line: str) -> None:
-        # The reader of a pipe may have gone (`2>&1 | head`); the job goes on without being watched.
-        try:
-            self._stream.write(f"{time.strftime('%H:%M:%S')} {line}\n")
-            self._stream.flush()
-        except (OSError, ValueError):
-            self._last = float("inf")
-
-
-class LiveDisplay:
-    """A bar and a few lines that are drawn again in place; events scroll by above them."""
-
-    def __init__(self, stream: TextIO) -> None:
-        from rich.console import Console
-        from rich.live import Live
-
-        self._console = Console(file=stream, highlight=False)
-        # Drawn by `observe` alone: no thread.  Standard output is left alone, it carries results.
-        self._live = Live(
-            "starting ...", console=self._console, auto_refresh=False, transient=True, redirect_stdout=False
-        )
-
-    def observe(self, progress: Progress, line: str | None = None) -> None:
-        try:
-            if line is not None:
-                self._console.print(f"{time.strftime('%H:%M:%S')} {line}", markup=False)
-            self._live.update(_panel(progress), refresh=True)
-        except (OSError, ValueError):
-            return  # the terminal is gone; the job goes on
-
-    def __enter__(self) -> Self:
-        self._live.start(refresh=True)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._live.stop()
+            self.tell(line)
+        done = (progress.committed + progress.failed_shards) / max(progress.shards, 1)
+        self.draw(done, describe_progress(progress), alarming=_describe_failures(progress))
 
 
 def describe_progress(progress: Progress) -> list[str]:
@@ -229,23 +146,3 @@ def _describe_wait(progress: Progress) -> str:
     if progress.decode_wait >= WAIT_WORTH_TELLING:
         return f"decoding waits {progress.decode_wait:.0%} of its time for the encoder: more devices would help"
     return ""
-
-
-def _panel(progress: Progress) -> RenderableType:
-    from rich.console import Group
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
-    from rich.text import Text
-
-    first, *others = describe_progress(progress)
-    top = Table.grid(padding=(0, 2))
-    bar = ProgressBar(
-        total=max(progress.shards, 1), completed=progress.committed + progress.failed_shards, width=BAR_WIDTH
-    )
-    top.add_row(bar, Text(first))
-    failures = _describe_failures(progress)
-    lines = [
-        Text(sentence, style="red" if sentence == failures else "", no_wrap=True, overflow="ellipsis")
-        for sentence in others
-    ]
-    return Group(top, *lines)

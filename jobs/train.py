@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import Any, TextIO
 
 import torch
 
-from jobs.display import BAR_WIDTH, LINE_EVERY_SECONDS, describe_seconds
+from jobs.display import describe_seconds
+from jobs.screen import Screen
 from jobs.training_data import TrainingData, save_frames
 from schemas.errors import SpecError
 from schemas.trainspec import TrainSpec, read_train_spec
@@ -22,9 +19,6 @@ from tokenizer.train_config import TrainConfig, train_config
 from tokenizer.train_log import Observer, TrainReport, describe_report
 from tokenizer.train_loop import stopping_on_signals
 from tokenizer.trainer import Trainer
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 
 def train(
@@ -131,20 +125,11 @@ def tensorboard_observers(folder: Path, tell: Callable[[str], None]) -> list[Obs
     return [observe]
 
 
-class TrainDisplay:
-    """A bar with the time left on a terminal, lines elsewhere; other processes than the first show nothing."""
+class TrainDisplay(Screen):
+    """Shows a run with the time left; other processes than the first show nothing."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
-        self._last = -LINE_EVERY_SECONDS
-        self._live: Any = None
-        self._report: TrainReport | None = None
-        if rank() == 0 and self._stream.isatty() and os.environ.get("TERM") != "dumb":
-            from rich.console import Console
-            from rich.live import Live
-
-            console = Console(file=self._stream, highlight=False)
-            self._live = Live("starting ...", console=console, auto_refresh=False, transient=True)
+        super().__init__(stream, silent=rank() != 0)
 
     def observe(self, report: TrainReport) -> None:
         """Show new numbers, a line, or where a picture lies."""
@@ -155,45 +140,7 @@ class TrainDisplay:
         if "val_psnr" in report.values or "val_bits" in report.values:
             self.tell(describe_report(report))
         elif report.values:
-            self._show(report)
-
-    def tell(self, line: str) -> None:
-        """Show something that happened."""
-        if self._live is not None:
-            self._live.console.print(f"{time.strftime('%H:%M:%S')} {line}", markup=False)
-        elif rank() == 0:
-            self._stream.write(f"{time.strftime('%H:%M:%S')} {line}\n")
-            self._stream.flush()
-
-    def _show(self, report: TrainReport) -> None:
-        if self._live is not None:
-            self._live.update(_panel(report), refresh=True)
-        elif time.monotonic() - self._last >= LINE_EVERY_SECONDS or report.step == report.steps:
-            self._last = time.monotonic()
-            self.tell(f"{describe_report(report)}{_time_left(report)}")
-
-    def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start(refresh=True)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-
-def _time_left(report: TrainReport) -> str:
-    return f", {describe_seconds(report.eta_seconds)} left" if report.eta_seconds else ""
-
-
-def _panel(report: TrainReport) -> RenderableType:
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table.grid(padding=(0, 2))
-    bar = ProgressBar(total=report.steps, completed=report.step, width=BAR_WIDTH)
-    table.add_row(bar, Text(f"{describe_report(report)}{_time_left(report)}"))
-    return table
+            line = describe_report(report)
+            if report.eta_seconds:
+                line += f", {describe_seconds(report.eta_seconds)} left"
+            self.draw(report.step / report.steps, [line], last=report.step == report.steps)

@@ -133,9 +133,9 @@ def storage_pairs(pairs: Sequence[str]) -> list[str]:
 
 
 def run_job(start: Callable[[Observer], JobOutcome]) -> None:
-    from jobs.display import describe_summary, job_display
+    from jobs.display import JobDisplay, describe_summary
 
-    with job_display() as display:
+    with JobDisplay() as display:
         outcome = start(display.observe)
     typer.echo(describe_summary(outcome.progress))
     for line in outcome.lines:

@@ -4,15 +4,7 @@ import io
 
 import pytest
 
-from jobs.display import (
-    LineDisplay,
-    LiveDisplay,
-    describe_bytes,
-    describe_progress,
-    describe_seconds,
-    describe_summary,
-    job_display,
-)
+from jobs.display import JobDisplay, describe_bytes, describe_progress, describe_seconds, describe_summary
 from schemas.lease import Progress
 
 BUSY = Progress(
@@ -32,11 +24,6 @@ BUSY = Progress(
     workers=2,
     device_wait=0.4,
 )
-
-
-class FakeTerminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 def test_progress_names_shards_speed_failures_and_what_waits():
@@ -68,44 +55,14 @@ def test_the_summary_counts_failures_apart():
     ]
 
 
-def test_lines_come_every_ten_seconds_and_with_each_event():
-    now = [0.0]
+def test_a_job_shows_its_events_and_how_far_it_is():
     stream = io.StringIO()
-    with LineDisplay(stream, clock=lambda: now[0]) as display:
-        for second in range(21):
-            now[0] = float(second)
-            display.observe(BUSY, "shard 7 failed: ShardNotFound" if second == 5 else None)
+    with JobDisplay(stream) as display:
+        display.observe(BUSY, "shard 7 failed: ShardNotFound")
     lines = [line.partition(" ")[2] for line in stream.getvalue().splitlines()]
-    progress = "; ".join(describe_progress(BUSY))
-    assert lines == [progress, "shard 7 failed: ShardNotFound", progress, progress]
-
-
-def test_a_closed_pipe_does_not_stop_the_job():
-    class Gone(io.StringIO):
-        def write(self, text: str) -> int:
-            raise BrokenPipeError
-
-    with LineDisplay(Gone()) as display:
-        display.observe(BUSY, "event")
-        display.observe(BUSY)
-
-
-def test_a_terminal_gets_a_live_display_and_a_file_gets_lines(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    assert isinstance(job_display(FakeTerminal()), LiveDisplay)
-    assert isinstance(job_display(io.StringIO()), LineDisplay)
-    monkeypatch.setenv("TERM", "dumb")
-    assert isinstance(job_display(FakeTerminal()), LineDisplay)
-
-
-def test_the_live_display_shows_progress_and_keeps_events_as_they_are(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
-    terminal = FakeTerminal()
-    with LiveDisplay(terminal) as display:
-        display.observe(BUSY, "shard 3: [odd] text")
-    assert "12 of 40 shards (30%)" in terminal.getvalue()
-    assert "shard 3: [odd] text" in terminal.getvalue()
+    assert lines == ["shard 7 failed: ShardNotFound", "; ".join(describe_progress(BUSY))]
+    with JobDisplay(stream) as display:
+        display.observe(Progress())
 
 
 @pytest.mark.parametrize(

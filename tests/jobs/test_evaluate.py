@@ -16,7 +16,6 @@ from PIL import Image
 from jobs.cli import run
 from jobs.evaluate import EvaluationOptions, clip_reader, evaluate, reconstruct
 from jobs.evaluation_sheet import describe_report
-from jobs.share_bar import ShareBar
 from pipeline.training_batches import Complaints
 from schemas.errors import CheckpointError
 from schemas.evaluation import EvaluationReport
@@ -201,17 +200,6 @@ def test_weights_that_make_no_numbers_are_refused(small_shards, tmp_path):
     with pytest.raises(CheckpointError, match="NaN or infinity"):
         evaluate(str(tmp_path / "broken"), [str(small_shards[0])], tmp_path / "out",
                  EvaluationOptions(codecs=False, **ONE_THREAD), stream=io.StringIO())  # fmt: skip
-
-
-def test_a_bar_tells_the_time_left_now_and_then(monkeypatch):
-    clock = iter(range(0, 1000, 4))
-    monkeypatch.setattr("jobs.share_bar.time.monotonic", lambda: float(next(clock)))
-    stream = io.StringIO()
-    with ShareBar(stream) as bar:
-        for number in range(10):
-            bar.show(number / 10, f"{number} images")
-    lines = stream.getvalue().splitlines()
-    assert len(lines) == 3 and "20%: 2 images, 48 s left" in lines[0]
 
 
 @pytest.mark.shared
