@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,8 @@ from tokenizer.prior_coder import DEFAULT_LANES, Block, PriorCoder, StreamClips,
 from tokenizer.prior_config import PriorConfig
 
 PACK_NAME = f"pack{SUFFIX}"
+MAX_FILE_NAME_BYTES = 200
+"""Of a file's name without its ending; file systems take 255 bytes, also of the name while it is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,15 +254,16 @@ def tokens_checksum(clips: Iterable[PackedClip]) -> int:
 def _file_names(items: Sequence[TokenizedItem]) -> list[str]:
     """Names of one file for each item.  Raises SpecError where two would be the same."""
     names = [safe_name(each.item.name) + SUFFIX for each in items]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if twice:
-        raise SpecError(f"Two inputs would be written to {twice[0]}. Use --pack, or compress them one at a time.")
+    for name, times in Counter(names).most_common(1):
+        if times > 1:
+            raise SpecError(f"Two inputs would be written to {name}. Use --pack, or compress them one at a time.")
     return names
 
 
 def safe_name(name: str) -> str:
     """A name for a file: a key may hold anything, and shall lead to no other folder."""
-    return re.sub(r"[^\w.-]+", "_", name).strip("._")[:120] or "item"
+    plain = re.sub(r"[^\w.-]+", "_", name).strip("._")
+    return plain.encode()[:MAX_FILE_NAME_BYTES].decode(errors="ignore") or "item"
 
 
 def require_free(folder: Path, names: Iterable[str]) -> None:

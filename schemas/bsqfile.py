@@ -30,6 +30,8 @@ MAX_ITEM_PIXELS = 1 << 27
 """Of one picture, or of all frames of one clip: 400 MB decoded."""
 MAX_TOKENS = 1 << 27
 """Of a whole file: 300 MB packed, at 18 bits."""
+MAX_STREAMS = 1 << 18
+"""An empty stream takes next to nothing of a file, and a hundred bytes of whoever reads it."""
 MAX_NAME_BYTES = 1024
 MAX_BITS, MAX_GRID_SIDE, MAX_PATCH = 64, 255, 4096
 
@@ -237,6 +239,8 @@ def _check(file: BsqFile, where: str, *, streams: bool = True) -> None:
             raise StreamError(f"{shown} {size}, in tiles; at most {MAX_ITEM_PIXELS:,} pixels in all.")
     if file.num_tokens > MAX_TOKENS:
         raise StreamError(f"{where}: {file.num_tokens:,} tokens; at most {MAX_TOKENS:,}. Make several files.")
+    if file.num_streams > MAX_STREAMS:
+        raise StreamError(f"{where}: {file.num_streams:,} streams; at most {MAX_STREAMS:,}. Use more lanes.")
     if streams and len(file.streams) != file.num_streams:
         raise StreamError(f"{where}: {len(file.streams)} streams in the place of {file.num_streams}.")
 

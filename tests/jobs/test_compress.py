@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 from PIL import Image
 
 from jobs.cli import run
-from jobs.compress import CompressOptions, compress
+from jobs.compress import CompressOptions, compress, safe_name
 from jobs.decompress import decode_files, decompress, read_bsq, require_same_tokens
 from jobs.inspect import describe
 from pipeline.tiles import cut_tiles, join_tiles
@@ -211,3 +213,10 @@ def test_tiles_join_to_the_picture_they_were_cut_from(height, width):
     assert tiles.shape[1:] == (2, 32, 32, 3)
     assert np.array_equal(join_tiles(tiles, height, width), frames)
     assert np.array_equal(tiles[0][:, :height, :width], frames[:, :32, :32])
+
+
+@hypothesis.given(name=st.text(max_size=300))
+@hypothesis.example("../" * 40 + "\u6f22" * 200)
+def test_any_key_makes_a_name_that_a_file_can_have(name):
+    safe = safe_name(name)
+    assert safe and "/" not in safe and safe not in (".", "..") and len(safe.encode()) <= 200

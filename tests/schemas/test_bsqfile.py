@@ -145,6 +145,16 @@ def test_tables_that_inflate_without_end_are_refused():
             parse_bsq(resealed(content + bsqfile._varint(len(table)) + table), "x")
 
 
+def test_many_empty_streams_are_refused_before_they_are_listed():
+    small = bsq([CodedItem(8, 8)], is_pack=True).to_bytes()
+    sizes = (18, 1, 1, 1, 1, 1, 0, 8191, 4095, 1)  # tokens of one pixel, each in a lane of its own
+    table = zlib.compress(b"".join(map(bsqfile._varint, sizes)) + bytes(8191 * 4095 - 1), 9)
+    fixed = bytearray(small[: FIXED.size])
+    fixed[5] = 1
+    with pytest.raises(StreamError, match="33,542,145 streams; at most 262,144"):
+        parse_bsq(resealed(bytes(fixed) + bsqfile._varint(len(table)) + table), "x")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
