@@ -10,12 +10,13 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pipeline.credentials import printable_url
-from pipeline.dataset_files import JOB_NAME, list_generations, plan_name, read_job, serialise_plan
+from pipeline.dataset_files import JOB_NAME, draft_name, list_generations, plan_name, read_job, serialise_plan
 from pipeline.generations import list_begun, read_plans
 from pipeline.sources import expand_shards
+from pipeline.steps import reached
 from pipeline.storage import Storage
 from pipeline.stub import STUB_NAME, stub_record
-from schemas.errors import FingerprintDiffers, OutputNotOurs, Refused, SpecError
+from schemas.errors import FingerprintDiffers, LeaseLost, OutputNotOurs, Refused, SpecError
 from schemas.fingerprint import differing_fields, fingerprint, fingerprint_fields
 from schemas.job import Job, TokenizerRecord
 from schemas.jobspec import JobSpec, merge_specs
@@ -149,13 +150,40 @@ def recognise(storage: Storage, beginning: Beginning) -> Job | None:
 
 
 def write_beginning(storage: Storage, beginning: Beginning) -> None:
-    """Create the output: tokenizer, plan, and last job.json.  Without that file there is nothing yet."""
+    """Create the output: tokenizer, draft of the plan, job.json, create-only, and the plan.  Without job.json there is
+    nothing yet.
+
+    Raises LeaseLost when another driver has begun another job there."""
     job = beginning.job
     if beginning.checkpoint is not None:
         storage.publish(f"{job.tokenizer.folder}/config.json", beginning.checkpoint.config_json)
         storage.publish(f"{job.tokenizer.folder}/model.safetensors", beginning.checkpoint.model_safetensors)
-    storage.publish(plan_name(0), serialise_plan([printable_url(url) for url in beginning.urls]))
-    storage.publish(JOB_NAME, json.dumps(job.model_dump(mode="json"), indent=1, ensure_ascii=False).encode() + b"\n")
+    plan = serialise_plan([printable_url(url) for url in beginning.urls])
+    write_draft(storage, 0, plan)
+    reached("before_job")
+    data = json.dumps(job.model_dump(mode="json"), indent=1, ensure_ascii=False).encode() + b"\n"
+    if not storage.create_only(JOB_NAME, data) and storage.read_bytes(JOB_NAME) != data:
+        raise LeaseLost(f"{storage.url}: another driver has begun the dataset. See `bsq status`.")
+    name_plan(storage, 0, plan)
+
+
+def write_draft(storage: Storage, generation: int, plan: bytes) -> None:
+    """Write a plan that no record names yet, where nobody writes other bytes."""
+    storage.publish(draft_name(generation, hashlib.sha256(plan).hexdigest()), plan)
+
+
+def name_plan(storage: Storage, generation: int, plan: bytes) -> None:
+    """Give the plan that a record names its own name, and remove drafts: the record has decided between them.
+
+    Records are create-only, so whoever comes late writes the same bytes."""
+    reached("before_plan")
+    name = plan_name(generation)
+    if not storage.create_only(name, plan) and storage.read_bytes(name) != plan:
+        # It lay there before there was a record, and nobody else writes what the record does not name.
+        storage.publish(name, plan)
+    for file in storage.list("plan"):
+        if file.startswith(f"{generation:04d}-"):
+            storage.delete(f"plan/{file}")
 
 
 def _other_settings(storage: Storage, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> FingerprintDiffers:

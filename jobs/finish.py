@@ -18,7 +18,7 @@ from pipeline.dataset_files import (
     manifest_table_name,
     read_manifest,
 )
-from pipeline.generations import list_begun, read_plans
+from pipeline.generations import list_begun, read_begun_plan, read_generation, read_plans
 from pipeline.publish import SHARDS_PER_FOLDER
 from pipeline.steps import reached
 from pipeline.storage import Storage
@@ -33,8 +33,9 @@ MAX_FAILED_SHARDS_NAMED = 1000
 def write_manifest(storage: Storage, job: Job, generation: int) -> ManifestSummary:
     """Write the manifest of a generation whose every shard is committed or given up; its .json last, create-only.
 
-    It lists what the generation before had, too.  Raises LeaseLost when another driver wrote a different one."""
-    plan = read_plans(storage, [generation])
+    It lists what the generation before had, too.  Raises LeaseLost when another driver wrote a different one, BsqError
+    when the plan is not the one that the generation was begun with."""
+    plan = read_begun_plan(storage, read_generation(storage, job, generation))
     poison: dict[int, int] = {}
     before = read_manifest(storage, generation - 1) if generation > 0 else None
     if before is not None:

@@ -10,14 +10,14 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pyarrow as pa
 
-from jobs.begin import created_by
+from jobs.begin import created_by, name_plan, write_draft
 from pipeline.credentials import HIDDEN, printable_url
-from pipeline.dataset_files import plan_name, read_manifest, read_required, serialise_plan
-from pipeline.generations import Plan, command_of, generation_name, read_generation, read_plans
+from pipeline.dataset_files import generation_name, read_manifest, read_plan_bytes, serialise_plan
+from pipeline.generations import Plan, command_of, read_begun_plan, read_generation
 from pipeline.messages import Assignment, EarlierParts
 from pipeline.steps import reached
 from pipeline.storage import Storage
-from schemas.errors import BsqError, LeaseLost, Refused
+from schemas.errors import LeaseLost, Refused
 from schemas.job import GenerationKind, GenerationRecord, Job
 from schemas.jobspec import JobSpec, selection_differences
 
@@ -82,14 +82,10 @@ def first_generation(job: Job, urls: Sequence[str], *, resumed: bool = False) ->
 def open_generation(storage: Storage, job: Job, number: int, *, given: Iterable[str] = ()) -> Generation:
     """A generation that was begun, to go on with it; `given` are URLs with their credentials.
 
-    Raises Refused when the URL of a shard had credentials and is not given."""
+    Raises Refused when the URL of a shard had credentials and is not given, BsqError when its plan is not there."""
     record = read_generation(storage, job, number)
-    if hashlib.sha256(read_required(storage, plan_name(number))).hexdigest() != record.plan_sha256:
-        raise BsqError(
-            f"{storage.printable(plan_name(number))}: not the plan that the generation was begun with (its SHA-256 "
-            f"differs). Restore it from a copy."
-        )
-    plan = read_plans(storage, [number])
+    plan = read_begun_plan(storage, record)
+    name_plan(storage, number, read_plan_bytes(storage, number))
     return Generation(
         record,
         plan,
@@ -109,7 +105,7 @@ def begin_generation(
     *,
     given: Iterable[str] = (),
 ) -> Generation:
-    """Write down what generation `number` does; its record last, create-only: then it is begun.
+    """Write down what generation `number` does; with its record, create-only, it is begun.
 
     Raises Refused when the URL of a shard had credentials and is not given, LeaseLost when another driver has begun
     it."""
@@ -125,12 +121,13 @@ def begin_generation(
         plan_sha256=hashlib.sha256(data).hexdigest(),
         created_by=created_by(),
     )
-    storage.publish(plan_name(number), data)
+    write_draft(storage, number, data)
     reached("before_generation")
     record_data = record.model_dump_json(indent=1).encode() + b"\n"
     name = generation_name(number)
     if not storage.create_only(name, record_data) and storage.read_bytes(name) != record_data:
         raise LeaseLost(f"{storage.url}: another driver has begun generation {number}. See `bsq status`.")
+    name_plan(storage, number, data)
     reached("after_generation")
     return Generation(record, plan, full_urls, _CommittedShards(storage, number - 1, plan) if record.part else None)
 

@@ -23,14 +23,16 @@ from pipeline.dataset_files import (
     CommittedParts,
     LedgerState,
     Manifest,
+    generation_name,
     iter_commits,
     list_generations,
     plan_name,
     read_ledger,
     read_manifest,
     read_plan,
+    read_plan_bytes,
 )
-from pipeline.generations import Plan, generation_name, list_begun, read_generation
+from pipeline.generations import Plan, list_begun, read_generation
 from pipeline.storage import Storage, open_storage
 from schemas.errors import BsqError, CheckpointError
 from schemas.fingerprint import fingerprint
@@ -162,11 +164,7 @@ def _job_problems(storage: Storage, job: Job, storage_options: Mapping[str, Any]
     problems = []
     if fingerprint(job.fingerprint_fields) != job.fingerprint:
         problems.append("job.json: the fingerprint is not that of the settings beside it")
-    try:
-        plan = storage.read_bytes(plan_name(0))
-    except FileNotFoundError:
-        plan = b""
-    if plan and hashlib.sha256(plan).hexdigest() != job.plan_sha256:
+    if hashlib.sha256(read_plan_bytes(storage, 0)).hexdigest() != job.plan_sha256:
         problems.append(f"{plan_name(0)}: not the plan that the job began with (its SHA-256 differs from job.json's)")
     # The stub encoder of tests and benchmarks has no weights.
     if job.tokenizer.folder:
@@ -185,19 +183,12 @@ def _read_records(storage: Storage, job: Job, generations: list[int], result: Ve
     for generation in generations:
         record = read_generation(storage, job, generation)
         parts[generation] = record.part
-        if generation > 0 and hashlib.sha256(_read_plan_bytes(storage, generation)).hexdigest() != record.plan_sha256:
+        if generation > 0 and hashlib.sha256(read_plan_bytes(storage, generation)).hexdigest() != record.plan_sha256:
             result.problems.append(
                 f"{plan_name(generation)}: not the plan that the generation began with (its SHA-256 differs from that "
                 f"in {generation_name(generation)})"
             )
     return parts
-
-
-def _read_plan_bytes(storage: Storage, generation: int) -> bytes:
-    try:
-        return storage.read_bytes(plan_name(generation))
-    except FileNotFoundError:
-        return b""
 
 
 def _read_manifests(storage: Storage, generations: list[int], result: Verification) -> list[Manifest]:

@@ -5,8 +5,10 @@ the `Storage` of the dataset's folder."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import json
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,7 +32,7 @@ LEASE_NAME = "lease.json"
 PLAN_SCHEMA = pa.schema([pa.field("shard", pa.int64(), nullable=False), pa.field("url", pa.string(), nullable=False)])
 
 GENERATION_FILE = re.compile(r"^(\d{4,})\.json$")
-"""What a generation writes last, under `plan/` when it begins and under `manifest/` when it ends."""
+"""What makes a generation begun, under `plan/`, and finished, under `manifest/`."""
 _FIRST_WAIT_SECONDS = 0.05
 _LISTINGS = 5
 """Times that a ledger is listed before a segment that vanished counts as lost; each merge costs at most one."""
@@ -41,6 +43,16 @@ Record = Commit | Attempt | GivenUp | Arithmetic
 def plan_name(generation: int) -> str:
     """The plan of a generation: `plan/0000.parquet`."""
     return f"plan/{generation:04d}.parquet"
+
+
+def draft_name(generation: int, sha256: str) -> str:
+    """Where a plan waits until the record that names its hash is written: `plan/0001-5d21e9aa.parquet`."""
+    return f"plan/{generation:04d}-{sha256[:8]}.parquet"
+
+
+def generation_name(generation: int) -> str:
+    """What a generation above 0 does; with it the generation is begun: `plan/0001.json`."""
+    return f"plan/{generation:04d}.json"
 
 
 def ledger_folder(generation: int) -> str:
@@ -92,8 +104,19 @@ def read_plan(storage: Storage, generation: int) -> pa.Table:
     """The shards of a generation: columns `shard` (int64) and `url` (string, without credentials).
 
     Raises BsqError when the plan is missing or damaged."""
-    name = plan_name(generation)
-    return _parse_table(storage, name, read_required(storage, name), PLAN_SCHEMA)
+    return _parse_table(storage, plan_name(generation), read_plan_bytes(storage, generation), PLAN_SCHEMA)
+
+
+def read_plan_bytes(storage: Storage, generation: int) -> bytes:
+    """The file that holds a plan.  Raises BsqError when there is none."""
+    data = _read_if_there(storage, plan_name(generation))
+    if data is None:
+        # A driver may have ended between the record and the plan: then it lies there as a draft.
+        record = _read_if_there(storage, JOB_NAME if generation == 0 else generation_name(generation))
+        with contextlib.suppress(ValueError, KeyError):
+            data = _read_if_there(storage, draft_name(generation, json.loads(record or b"{}")["plan_sha256"]))
+    # The draft is gone where another driver has just given it its name.
+    return read_required(storage, plan_name(generation)) if data is None else data
 
 
 def list_generations(storage: Storage) -> list[int]:

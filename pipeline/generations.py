@@ -4,6 +4,7 @@ A generation has a plan of its own, a ledger of its own, and in the end a manife
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -12,7 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import ValidationError
 
-from pipeline.dataset_files import GENERATION_FILE, read_plan, read_required
+from pipeline.dataset_files import (
+    GENERATION_FILE,
+    generation_name,
+    plan_name,
+    read_plan,
+    read_plan_bytes,
+    read_required,
+)
 from pipeline.storage import Storage
 from schemas.errors import BsqError
 from schemas.job import GenerationKind, GenerationRecord, Job
@@ -24,11 +32,6 @@ _COMMAND_OF_KIND = {
     "retry-samples": "bsq retry --samples",
     "retry-damaged": "bsq retry --damaged",
 }
-
-
-def generation_name(generation: int) -> str:
-    """What a generation above 0 does, written last when it begins: `plan/0001.json`."""
-    return f"plan/{generation:04d}.json"
 
 
 def list_begun(storage: Storage) -> list[int]:
@@ -126,3 +129,14 @@ class Plan:
 def read_plans(storage: Storage, generations: Iterable[int]) -> Plan:
     """The plans of several generations as one.  Raises BsqError when one is missing or damaged."""
     return Plan([read_plan(storage, generation) for generation in generations])
+
+
+def read_begun_plan(storage: Storage, record: GenerationRecord) -> Plan:
+    """The plan that a generation was begun with.  Raises BsqError when it is missing, damaged, or another one."""
+    name = plan_name(record.generation)
+    if hashlib.sha256(read_plan_bytes(storage, record.generation)).hexdigest() != record.plan_sha256:
+        raise BsqError(
+            f"{storage.printable(name)}: not the plan that the generation was begun with (its SHA-256 differs). "
+            f"Restore it from a copy."
+        )
+    return read_plans(storage, [record.generation])

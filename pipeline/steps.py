@@ -13,19 +13,11 @@ import os
 import time
 from pathlib import Path
 
-STEPS = (
-    "before_failures",
-    "before_tokens",
-    "after_temp",
-    "after_publish",
-    "before_ledger",
-    "in_ledger",
-    "after_ledger",
-    "before_manifest",
-    "after_manifest",
-)
-GENERATION_STEPS = ("before_generation", "after_generation")
-"""Around the record with which a later generation is begun."""
+BEGIN_STEPS = ("before_job", "before_plan")
+WORKER_STEPS = ("before_failures", "before_tokens", "after_temp", "after_publish")
+DRIVER_STEPS = ("before_ledger", "in_ledger", "after_ledger", "before_manifest", "after_manifest")
+STEPS = BEGIN_STEPS + WORKER_STEPS + DRIVER_STEPS
+"""Of a job's first generation; around the record of a later one are before_generation and after_generation."""
 
 _FAULTS = dict(fault.split(":", 1)[::-1] for fault in os.environ.get("BSQTOK_DECODE_FAULT", "").split(",") if fault)
 _HELD, _, _FOLDER = os.environ.get("BSQTOK_HOLD_AT", "").partition(":")

@@ -1,6 +1,6 @@
 """`job.json`: the identity of a dataset, and `plan/GGGG.json`: what a later generation adds to it.
 
-Each is written last when its job begins; without job.json there is no dataset yet."""
+Each is create-only and names the hash of its plan; without job.json there is no dataset yet."""
 
 from __future__ import annotations
 

@@ -79,6 +79,7 @@ pytestmark = pytest.mark.long
 
 CASES = [
     ("append", "before_generation", "again"),
+    ("append", "before_plan", "resume"),
     ("append", "after_generation", "resume"),
     ("retry-samples", "after_publish", "resume"),
     *(
@@ -132,7 +133,8 @@ def test_a_generation_that_was_killed_is_completed_by_its_own_command_or_by_resu
     assert list_begun(storage) == ([0] if step == "before_generation" else [0, 1])
     assert list_generations(storage) == [0]
     published = [name for name in dataset_files(out).keys() - before.keys() if not name.endswith(".tmp")]
-    assert bool(published) == (step not in ("before_generation", "after_generation", "before_tokens", "after_temp"))
+    early = ("before_generation", "before_plan", "after_generation", "before_tokens", "after_temp")
+    assert bool(published) == (step not in early)
     assert bool(list((out / "ledger").glob("0001/*"))) == (step in ("after_ledger", "before_manifest"))
     assert verify_dataset(str(out)).problems == []
 

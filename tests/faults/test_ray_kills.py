@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.steps import STEPS
+from pipeline.steps import WORKER_STEPS
 from tests.faults.kill_matrix import SLOW, KillMatrix
 from tests.jobs.ray_cluster import ray_nodes, raylet
 from tests.running_jobs import RunningJob, StartJob, command_line, descendants, signal_quietly
 from tests.tiny_corpus import REPOSITORY
 
-WORKER_STEPS = STEPS[:4]
 NUM_NODES = 2
 
 

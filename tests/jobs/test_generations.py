@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,16 +15,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import jobs.begin
+import jobs.generation
 from jobs.append import append_job
+from jobs.finish import write_manifest
 from jobs.inspect import describe
 from jobs.progress import read_status
 from jobs.retry import retry_job
 from jobs.start import resume_job, start_job
 from jobs.verify import verify_dataset
-from pipeline.dataset_files import list_generations, read_manifest
+from pipeline.dataset_files import list_generations, plan_name, read_manifest, serialise_plan
 from pipeline.generations import list_begun, read_generation
 from pipeline.storage import open_storage
-from schemas.errors import FingerprintDiffers, Refused, SpecError
+from schemas.errors import BsqError, FingerprintDiffers, LeaseLost, Refused, SpecError
 from schemas.jobspec import parse_spec
 from tests.jobs.generations import (
     KINDS,
@@ -276,3 +279,138 @@ def test_status_names_the_first_of_what_failed_and_how_to_try_again(tmp_path: Pa
     assert status.state == "interrupted"
     assert [(shard.shard, shard.error) for shard in status.failed_shards] == [(1, "ShardNotFound")]
     assert len(status.failed_samples) == 5
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, wanted: str, meanwhile: Callable[[], object]) -> None:
+    """What happens while the next driver that reaches a step stands there."""
+
+    def reached(step: str) -> None:
+        if step == wanted:
+            monkeypatch.undo()
+            meanwhile()
+
+    monkeypatch.setattr(jobs.begin, "reached", reached)
+    monkeypatch.setattr(jobs.generation, "reached", reached)
+
+
+def die() -> None:
+    raise KeyboardInterrupt
+
+
+def everything(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def assert_sound(out: Path, generations: list[int]) -> None:
+    """The dataset can be read, is what its records say, and nothing is left to do."""
+    loaded_rows(out)
+    assert resume_job(str(out), runner="in-process").exit_code == 0
+    result = verify_dataset(str(out))
+    assert (result.problems, result.finished) == ([], True)
+    storage = open_storage(str(out))
+    names = [f"{number:04d}.{ending}" for number in generations for ending in ("json", "parquet")]
+    assert storage.list("plan") == names[1:], "no draft is left, and job.json is the record of generation 0"
+    assert list_begun(storage) == generations
+
+
+@pytest.mark.parametrize("others", ["other settings", "other shards"])
+def test_a_driver_that_wakes_before_its_job_json_changes_nothing_of_the_dataset_that_another_made(
+    tmp_path: Path, small_shards: list[Path], monkeypatch: pytest.MonkeyPatch, others: str
+) -> None:
+    out, made = tmp_path / "out", {}
+    shards = small_shards[:1] if others == "other settings" else small_shards[1:3]
+    size = 32 if others == "other settings" else 64
+
+    def make() -> None:
+        start_job(job_spec(shards, out, preprocess={"size": size}), runner="in-process", force=True)
+        made.update(everything(out))
+
+    at_step(monkeypatch, "before_job", make)
+    with pytest.raises(LeaseLost, match="another driver has begun the dataset"):
+        tokenize(small_shards[:1], out)
+    assert everything(out) == made
+    assert_sound(out, [0])
+
+
+def test_a_driver_that_wakes_before_its_generation_changes_nothing_of_the_one_that_another_made(
+    tmp_path: Path, small_shards: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, made = tmp_path / "out", {}
+    tokenize(small_shards[:1], out)
+
+    def make() -> None:
+        append_job(parse_spec({"shards": [str(small_shards[1])], "out": str(out)}, source="test"),
+                   runner="in-process", force=True)  # fmt: skip
+        made.update(everything(out))
+
+    at_step(monkeypatch, "before_generation", make)
+    with pytest.raises(LeaseLost, match="another driver has begun generation 1"):
+        append(small_shards[2:3], out)
+    assert everything(out) == made
+    assert_sound(out, [0, 1])
+
+
+@pytest.mark.parametrize("generation", [0, 1])
+def test_a_driver_that_wakes_before_its_plan_writes_the_one_that_another_has_worked_with(
+    tmp_path: Path, small_shards: list[Path], monkeypatch: pytest.MonkeyPatch, generation: int
+) -> None:
+    out, made = tmp_path / "out", {}
+    run = append if generation else tokenize
+    if generation:
+        tokenize(small_shards[:1], out)
+
+    def make() -> None:
+        resume_job(str(out), runner="in-process", force=True)
+        made.update(everything(out))
+
+    at_step(monkeypatch, "before_plan", make)
+    assert run(small_shards[1:3], out).exit_code == 0
+    assert everything(out) == made
+    assert_sound(out, list(range(generation + 1)))
+
+
+@pytest.mark.parametrize("step", ["before_job", "before_generation"])
+def test_a_driver_that_dies_before_its_record_leaves_room_for_another_plan(
+    tmp_path: Path, small_shards: list[Path], monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    out = tmp_path / "out"
+    run = tokenize
+    if step == "before_generation":
+        tokenize(small_shards[:1], out)
+        run = append
+    at_step(monkeypatch, step, die)
+    with pytest.raises(KeyboardInterrupt):
+        run(small_shards[1:3], out)
+    assert run(small_shards[3:4], out).exit_code == 0
+    assert_sound(out, [0] if step == "before_job" else [0, 1])
+
+
+@pytest.mark.parametrize("generation", [0, 1])
+def test_a_generation_whose_driver_died_before_its_plan_can_be_looked_at_and_resumed(
+    tmp_path: Path, small_shards: list[Path], monkeypatch: pytest.MonkeyPatch, generation: int
+) -> None:
+    out = tmp_path / "out"
+    if generation:
+        tokenize(small_shards[:1], out)
+    at_step(monkeypatch, "before_plan", die)
+    with pytest.raises(KeyboardInterrupt):
+        (append if generation else tokenize)(small_shards[1:3], out)
+    assert not (out / plan_name(generation)).exists()
+    assert read_status(str(out)).progress.shards == 2
+    assert describe(str(out))
+    assert verify_dataset(str(out)).problems == []
+    assert resume_job(str(out), runner="in-process").exit_code == 0
+    assert_sound(out, list(range(generation + 1)))
+
+
+def test_no_manifest_is_written_from_another_plan_than_the_generation_was_begun_with(
+    tmp_path: Path, small_shards: list[Path]
+) -> None:
+    out = tmp_path / "out"
+    tokenize([*small_shards[:1], tmp_path / "gone.tar"], out)
+    (out / "manifest/0000.json").unlink()
+    storage = open_storage(str(out))
+    storage.publish(plan_name(0), serialise_plan([str(small_shards[0])]))
+    with pytest.raises(BsqError, match=r"plan/0000\.parquet: not the plan that the generation was begun with"):
+        write_manifest(storage, job_of(out), 0)
+    assert list_generations(storage) == []

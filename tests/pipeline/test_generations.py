@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.dataset_files import plan_name, serialise_plan
-from pipeline.generations import Plan, generation_name, list_begun, read_plans
+from pipeline.dataset_files import generation_name, plan_name, serialise_plan
+from pipeline.generations import Plan, list_begun, read_plans
 from pipeline.storage import open_storage
 from schemas.jobspec import merge_specs, parse_spec, selection_differences
 
