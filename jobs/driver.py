@@ -47,7 +47,8 @@ BREAKER_FIRST_SHARDS = 10
 START_SECONDS = 600.0
 """For a worker to come up: its weights may come from afar."""
 MAX_BARREN_DEATHS = 3
-"""Deaths in a row in one worker's place before one came up, after which nobody takes that place any more."""
+"""Deaths in a row in one worker's place before one came up, after which nobody takes that place until the number of
+places changes."""
 DECODE_GRACE_SHARE, DECODE_GRACE_SECONDS = 0.25, 5.0
 """Given beyond the time limit of a sample, in which a decoder that still looks at the clock ends by itself."""
 DRAIN_SECONDS = 20.0
@@ -101,7 +102,7 @@ class Driver:
         self.num_left = len(shards)
         self._slots: dict[int, _Slot] = {}
         self._barren_deaths: collections.Counter[int] = collections.Counter()
-        self._num_abandoned = 0
+        self._num_places = 0
         self._last_up = time.monotonic()
         self._meter = ProgressMeter(len(generation), ledger)
         self._messages: collections.Counter[str] = collections.Counter()
@@ -158,11 +159,17 @@ class Driver:
 
     def _start_workers(self, runner: Runner) -> None:
         """Fill the places there are: at the beginning, after a death, and when a node has joined."""
-        wanted = min(runner.num_workers - self._num_abandoned, self.num_left)
-        for number in range(wanted + len(self._slots)):
+        num_places = runner.num_workers
+        if num_places != self._num_places:
+            # Nodes came or went, perhaps the one on which nobody came up: no place is what it was.
+            self._num_places = num_places
+            self._barren_deaths.clear()
+        places = [number for number in range(num_places) if self._barren_deaths[number] < MAX_BARREN_DEATHS]
+        wanted = min(len(places), self.num_left)
+        for number in places:
             if len(self._slots) >= wanted:
                 return
-            if number not in self._slots and self._barren_deaths[number] < MAX_BARREN_DEATHS:
+            if number not in self._slots:
                 self._slots[number] = _Slot(runner.start_worker(number))
 
     def _hand_out(self) -> None:
@@ -353,7 +360,6 @@ class Driver:
             raise BsqError(
                 f"{reason}, {MAX_BARREN_DEATHS} times in a row before it came up. The log in logs/ has the details."
             )
-        self._num_abandoned += 1
         self._say(f"nobody takes its place: {MAX_BARREN_DEATHS} in a row did not come up")
 
     # ---- ending early

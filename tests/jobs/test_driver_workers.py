@@ -243,6 +243,57 @@ def test_workers_are_started_when_there_is_room_for_more_and_not_again_when_ther
     assert all(worker.assigned for worker in runner.workers[:3])
 
 
+@pytest.mark.parametrize("bad", [{0}, {1}, {0, 1}])
+def test_a_place_that_was_left_empty_is_not_missed_when_its_node_has_gone(tmp_path: Path, bad: set[int]) -> None:
+    job = Job(tmp_path, 20)
+
+    class BadNode(FakeRunner):
+        def start_worker(self, number: int) -> FakeWorker:
+            worker = super().start_worker(number)
+            if number in bad and self.num_workers == 3:
+                worker.beat = None
+                worker.die("worker ended with exit code 1")
+            return worker
+
+    def behave(worker: FakeWorker, assignment: Assignment) -> None:
+        left_empty = sum("nobody takes its place" in line for line in job.said)
+        if left_empty < len(bad):
+            return
+        if runner.num_workers == 3:
+            runner.num_workers = 1
+            for other in runner.workers:
+                other.die("its node has died", counts=False)
+        else:
+            worker.commit(assignment)
+
+    runner = BadNode(behave, num_workers=3)
+    assert job.run(runner).exit_code == 0
+
+
+def test_a_place_above_those_that_were_left_empty_is_filled_again(tmp_path: Path) -> None:
+    job = Job(tmp_path, 20)
+
+    class BadPlaces(FakeRunner):
+        def start_worker(self, number: int) -> FakeWorker:
+            worker = super().start_worker(number)
+            if number < 2:
+                worker.beat = None
+                worker.die("worker ended with exit code 1")
+            return worker
+
+    def behave(worker: FakeWorker, assignment: Assignment) -> None:
+        left_empty = sum("nobody takes its place" in line for line in job.said)
+        if left_empty < 2:
+            return
+        if worker is next(worker for worker in runner.workers if worker.name == "cpu2"):
+            worker.die("killed by SIGKILL")
+        else:
+            worker.commit(assignment)
+
+    runner = BadPlaces(behave, num_workers=3)
+    assert job.run(runner).exit_code == 0
+
+
 def test_a_job_without_any_worker_ends_instead_of_waiting_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
