@@ -105,7 +105,8 @@ class Driver:
         self._num_places = 0
         self._last_up = time.monotonic()
         self._meter = ProgressMeter(len(generation), ledger)
-        self._messages: collections.Counter[str] = collections.Counter()
+        self._errors: collections.Counter[str] = collections.Counter()
+        self._examples: dict[str, str] = {}
         self._failed_in_a_row = 0
         self._first_samples: list[tuple[int, int]] = []
         # What failed before may well fail again; there is nothing to burn through.
@@ -309,14 +310,17 @@ class Driver:
         self.num_left -= 1
         self._queue.forget(shard)
         self._meter.gave_up()
-        self._messages[message] += 1
+        # By class: messages name their shard, so hardly one is like another.
+        self._errors[attempt.error] += 1
+        self._examples.setdefault(attempt.error, message)
         self._failed_in_a_row += 1
         self._say(f"shard {shard} failed: {message}")
         if not self._is_retry and self._failed_in_a_row >= BREAKER_SHARDS:
-            common = self._messages.most_common(1)[0][0]
+            error, count = self._errors.most_common(1)[0]
             raise CircuitBreakerOpen(
                 f"{self._storage.url}: {BREAKER_SHARDS} shards failed in a row; the job stops before it burns through "
-                f"the rest. The commonest reason: {common}"
+                f"the rest. The commonest reason ({error}, {count:,} of {self._errors.total():,}): "
+                f"{self._examples[error]}"
             )
 
     def _on_broken(self, slot: _Slot, message: WorkerBroken) -> None:

@@ -180,10 +180,14 @@ def test_twenty_shards_failed_in_a_row_stop_the_job(tmp_path: Path) -> None:
         if assignment.shard == 5:
             worker.commit(assignment)
         else:
-            reason = "rare" if assignment.shard % 4 == 0 else "access denied"
-            worker.fail(assignment, reason, error="ShardForbidden", again=False)
+            # Messages name their shard, so no two are alike.
+            error, reason = (
+                ("ShardNotFound", "not there") if assignment.shard % 4 == 0 else ("ShardForbidden", "denied")
+            )
+            worker.fail(assignment, f"{assignment.url}: {reason}", error=error, again=False)
 
-    with pytest.raises(CircuitBreakerOpen, match=r"20 shards failed in a row.*access denied") as raised:
+    reason = r"20 shards failed in a row.*\(ShardForbidden, 18 of 25\): .*shard-001\.tar: denied"
+    with pytest.raises(CircuitBreakerOpen, match=reason) as raised:
         job.run(behave)
     assert raised.value.exit_code == 3
     assert len(job.ledger.given_up) == 5 + 20
