@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticKnownError
 
 from schemas.errors import SpecError, nearest_name
 
@@ -16,14 +17,31 @@ Filter = Literal["lanczos", "bicubic", "bilinear"]
 Engine = Literal["torch", "pillow"]
 
 
-class _Section(BaseModel):
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    return {annotation}.union(*(_kinds(part) for part in get_args(annotation)))
+
+
+class SpecSection(BaseModel):
+    """Settings that belong together.  Unknown ones are refused, and true or false where a number is meant."""
+
     # Infinity has no JSON form, so a job.json with one could not be read back.
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML reads `yes` and `on` as true, which would be 1.
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        parts = value if isinstance(value, list | tuple) else [value]
+        if kinds & {int, float} and any(isinstance(part, bool) for part in parts):
+            raise PydanticKnownError("float_type" if float in kinds else "int_type")
+        return value
 
-class PreprocessSpec(_Section):
+
+class PreprocessSpec(SpecSection):
     """How a decoded frame becomes a square of `size` pixels.  All of it changes bits."""
 
     size: Annotated[int, Field(ge=8, le=4096)] | Literal["tokenizer"] = "tokenizer"
@@ -56,7 +74,7 @@ class PreprocessSpec(_Section):
         return self
 
 
-class ClipSpec(_Section):
+class ClipSpec(SpecSection):
     """How a video is cut into clips.  All of it changes bits."""
 
     fps: Annotated[float, Field(gt=0, le=1000)] | Literal["source"] = 8.0
@@ -69,7 +87,7 @@ class ClipSpec(_Section):
     """The last clip of a video may have fewer frames: keep it as it is, or drop it."""
 
 
-class LimitsSpec(_Section):
+class LimitsSpec(SpecSection):
     """What is refused before it costs memory or time.  Decides which rows exist, never their bits."""
 
     max_pixels: Annotated[int, Field(ge=64)] = 64_000_000
@@ -90,7 +108,7 @@ class LimitsSpec(_Section):
     """Decoding time of one video, looked at between frames."""
 
 
-class RunSpec(_Section):
+class RunSpec(SpecSection):
     """How the job runs.  Nothing here changes a bit or a row."""
 
     workers: Annotated[int, Field(ge=0)] = 0
@@ -114,7 +132,7 @@ class RunSpec(_Section):
     """Refuse tokens of another device, batch or version than made the dataset's."""
 
 
-class JobSpec(_Section):
+class JobSpec(SpecSection):
     """One tokenization job."""
 
     shards: tuple[str, ...] = ()

@@ -8,19 +8,13 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from schemas.errors import SpecError, nearest_name
-from schemas.jobspec import Filter, LimitsSpec
+from schemas.jobspec import Filter, LimitsSpec, SpecSection
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
-
-
-class TrainDataSpec(_Section):
+class TrainDataSpec(SpecSection):
     """Where batches come from.  Shards are named as in a job: any fsspec URL, {000..127} ranges, globs, @list.txt."""
 
     images: tuple[str, ...] = ()
@@ -68,7 +62,7 @@ class TrainDataSpec(_Section):
         return self
 
 
-class TrainSpec(_Section):
+class TrainSpec(SpecSection):
     """One training run."""
 
     recipe: str = "paper"
@@ -96,7 +90,7 @@ class TrainSpec(_Section):
         return {name: getattr(self, name) for name in names}
 
 
-class TokenSourceSpec(_Section):
+class TokenSourceSpec(SpecSection):
     """A dataset of tokens, and how much of it."""
 
     path: str
@@ -107,7 +101,7 @@ class TokenSourceSpec(_Section):
     """Conditions that must all hold, as the loader takes them: [frames, "==", 1]."""
 
 
-class TokenDataSpec(_Section):
+class TokenDataSpec(SpecSection):
     """Where tokens come from.  All datasets are of one tokenizer."""
 
     train: dict[str, TokenSourceSpec | str]
@@ -126,7 +120,7 @@ class TokenDataSpec(_Section):
         return self
 
 
-class TokenTrainSpec(_Section):
+class TokenTrainSpec(SpecSection):
     """One run of training a model over tokens."""
 
     out: str = ""

@@ -28,6 +28,15 @@ SECTIONS = {"preprocess": PreprocessSpec, "clips": ClipSpec, "limits": LimitsSpe
             {"clips": {"clip_frames": 0}},
             "clips.clip_frames must be greater than or equal to 1, or 'tokenizer' (found 0)",
         ),
+        # YAML reads `yes` and `on` as true.
+        ({"run": {"workers": True}}, "run.workers must be a whole number (found True)"),
+        ({"preprocess": {"views": False}}, "preprocess.views must be a whole number (found False)"),
+        ({"preprocess": {"size": True}}, "preprocess.size must be a whole number (found True)"),
+        ({"clips": {"fps": True}}, "clips.fps must be a number (found True)"),
+        (
+            {"preprocess": {"random_scale": [0.5, True]}},
+            "preprocess.random_scale must be a number (found [0.5, True])",
+        ),
         ({"shards": "a.tar"}, "shards must be a list (found 'a.tar')"),
         ({"run": None}, "run must be a mapping of settings (found None)"),
         ({"carry": ["caption", "caption"]}, "carry names a column twice: caption, caption"),
