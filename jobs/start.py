@@ -154,6 +154,8 @@ def run_generation(
         arithmetic = _one_arithmetic(storage, ledger) if execution.spec.run.strict_arithmetic else None
     command = execution.command("resume")
     driver = Driver(storage, generation, ledger, lease, execution.spec, observer, command, arithmetic)
+    # The driver has counted those of the shards that are left, and each holds a message.
+    ledger.failed_attempts.clear()
     told = [*notes]
     if driver.has_work and not storage.fenced:
         told.append(
