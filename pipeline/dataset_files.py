@@ -251,8 +251,6 @@ class LedgerState:
     """Shards that were given up and never committed."""
     failed_attempts: dict[int, list[Attempt]] = field(default_factory=dict)
     """The failed attempts at each shard, in ledger order."""
-    attempts: dict[int, int] = field(default_factory=dict)
-    """How many failed attempts at a shard count against it."""
     arithmetic: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What computed the bits, by the id that commit records name."""
 
@@ -268,8 +266,6 @@ class LedgerState:
                 self.commits[record.shard, record.part] = record
         elif isinstance(record, Attempt):
             self.failed_attempts.setdefault(record.shard, []).append(record)
-            if record.counts:
-                self.attempts[record.shard] = self.attempts.get(record.shard, 0) + 1
         elif isinstance(record, GivenUp):
             if not self.committed.has_shard(record.shard):
                 self.given_up[record.shard] = record
