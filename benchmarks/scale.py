@@ -300,7 +300,7 @@ def run_phase(name: str, out: str, num_shards: int) -> dict[str, Any]:
 
 def run_status(out: str) -> tuple[float, str]:
     began = time.perf_counter()
-    command = [sys.executable, "-c", "from jobs.cli import main; main()", "status", out]
+    command = [sys.executable, "-c", "from jobs.entry import main; main()", "status", out]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return time.perf_counter() - began, done.stdout.splitlines()[0].rpartition(": ")[2]
 

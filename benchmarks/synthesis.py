@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--guidance", type=float, nargs="+", default=[0.0, 2.0], help="one line of the table for each")
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--noise", type=float, default=4.0)
     parser.add_argument("--inception", type=Path, help="weights of Inception (docs/evaluation.md): adds FID and IS")
     parser.add_argument("--epochs", type=int, default=30, help="of the classifier")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -142,7 +143,9 @@ def main() -> None:
     labels = torch.arange(len(classes)).repeat_interleave(given.per_class)
     given.out.mkdir(parents=True, exist_ok=True)
     for guidance in given.guidance:
-        options = SamplingOptions(steps=given.steps, guidance=guidance, temperature=given.temperature)
+        options = SamplingOptions(
+            steps=given.steps, guidance=guidance, temperature=given.temperature, noise=given.noise
+        )
         bits = sample_tokens(generator, labels.tolist(), given.seed, options)
         made = Pictures(decode(tokenizer, bits), labels)
         name = f"generated, guidance {guidance:g}"

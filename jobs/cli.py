@@ -60,11 +60,6 @@ app.registered_commands.sort(key=_place_in_help)
 _CommandLineError: type[Any] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 
-def main() -> None:
-    """Entry point of `bsq`."""
-    sys.exit(run(sys.argv[1:]))
-
-
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code.  The one place that turns an error into a line."""
     try:
@@ -130,7 +125,3 @@ def _root(
     if version:
         typer.echo(f"bsqtok {_version()}")
         raise typer.Exit
-
-
-if __name__ == "__main__":
-    main()

@@ -60,7 +60,8 @@ def read_media(path: Path, limits: LimitsSpec) -> Member:
             raise SpecError(f"{shown}: {path.stat().st_size:,} bytes; at most {limits.max_member_bytes:,}.")
         payload = path.read_bytes()
     except OSError as error:
-        raise SpecError(f"{shown}: cannot be read ({error.strerror or type(error).__name__}).") from error
+        advice = f" Name its files: {shown}/*" if path.is_dir() else ""
+        raise SpecError(f"{shown}: cannot be read ({error.strerror or type(error).__name__}).{advice}") from error
     return Member(path.name, "file", len(payload), 0, payload)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -65,8 +66,9 @@ def decompress(
     named = [read_bsq(Path(path)) for path in paths]
     names = [_output_names(each, tokens=tokens) for each in named]
     flat = [name for several in names for name in several]
-    if len(set(flat)) < len(flat):
-        raise SpecError("Two items of these files have the same name. Decompress the files into different folders.")
+    for name, times in Counter(flat).most_common(1):
+        if times > 1:
+            raise SpecError(f"{times:,} items of these files are named {name}. Decompress them into different folders.")
     require_free(Path(out), flat)
     prior_files = read_prior(prior, storage_options=storage_options)
     model_files = read_checkpoint(tokenizer, storage_options=storage_options)

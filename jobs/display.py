@@ -30,12 +30,13 @@ def describe_progress(progress: Progress) -> list[str]:
     """The state of a job in a few short sentences: shards, speed, failures, what waits for what."""
     done = progress.committed + progress.failed_shards
     share = f" ({done / progress.shards:.0%})" if progress.shards else ""
-    shards = f"{done:,} of {progress.shards:,} shards{share}"
+    shards = f"{done:,} of {counted(progress.shards, 'shard')}{share}"
     if progress.eta_seconds is not None and done < progress.shards:
         left = math.ceil(progress.eta_seconds)
         shards += f", {left} s left" if left < 60 else f", {describe_seconds(left)} left"
     speed = f"{progress.samples:,} samples"
-    if progress.samples_per_second:
+    # Samples count when their shard is committed, the rate when they are encoded: before, one belies the other.
+    if progress.samples_per_second and progress.samples:
         speed += f", {progress.samples_per_second:,.1f} samples/s, {progress.tokens_per_second:,.0f} tokens/s"
     if progress.workers:
         speed += f", {counted(progress.workers, 'worker')}"

@@ -207,10 +207,10 @@ def _commonest_failures(storage: Storage, tables: Sequence[str]) -> list[str]:
     where = f" in the first {MAX_FAILURE_TABLES} failure tables" if len(tables) > MAX_FAILURE_TABLES else ""
     lines = [f"  commonest failures and warnings{where}"]
     for kind, count in counts.most_common(SHOWN_FAILURES):
-        lines.append(f"    {count:>7,} {kind[0]:<7} {kind[1]:<7} {kind[2]}: {_shorten(examples[kind])}")
+        lines.append(f"    {count:>7,} {kind[0]:<7} {kind[1]:<7} {kind[2]}, for example: {_shorten(examples[kind])}")
     if len(counts) > SHOWN_FAILURES:
         rest = counts.total() - sum(count for _, count in counts.most_common(SHOWN_FAILURES))
-        lines.append(f"    {rest:>7,} of {len(counts) - SHOWN_FAILURES:,} other kinds")
+        lines.append(f"    {rest:>7,} more, of {counted(len(counts) - SHOWN_FAILURES, 'other kind')}")
     return lines
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jobs.display import field_line
+from jobs.display import counted, field_line
 from pipeline.storage import Storage
 from schemas.bsqfile import ARITHMETICS, MAX_FILE_BYTES, BsqFile, CodedItem, parse_bsq
 from schemas.errors import StreamError, printable
@@ -22,7 +22,7 @@ def describe_bsq(storage: Storage, name: str) -> str:
     lines = [
         f"{what}: {kind}",
         field_line("tokens", f"{file.num_tokens:,} of {file.bits} bits, {file.grid[0]} x {file.grid[1]} for each frame "
-                   f"of {file.tile_px[1]} x {file.tile_px[0]} px; clips of up to {file.clip_frames} frames"),
+                   f"of {file.tile_px[1]} x {file.tile_px[0]} px; clips of up to {counted(file.clip_frames, 'frame')}"),
         field_line("size", f"{num_bytes:,} bytes: header {overhead:,}, payload {file.payload_bytes:,}"),
         field_line("rate", f"{8 * file.payload_bytes / file.num_tokens:.3f} bits per token, "
                    f"{8 * num_bytes / file.num_pixels:.3f} bits per pixel "

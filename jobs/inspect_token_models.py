@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from jobs.display import describe_bytes, field_line
+from jobs.display import counted, describe_bytes, field_line
 from pipeline.storage import Storage
 from tokenizer.checkpoint import CONFIG_FILE, MODEL_FILE, CheckpointFiles
 from tokenizer.generator_checkpoint import generator_config
@@ -39,8 +39,8 @@ def _describe_prior(files: CheckpointFiles) -> list[str]:
     return [
         f"{files.where}: prior over tokens ({config.preset}), {_weights(files, config.trained)}",
         field_line("predicts", f"{config.bits_per_token} bits in groups of {config.group_size}, {config.grid[0]} x "
-                   f"{config.grid[1]} tokens for each frame, clips of up to {config.max_frames} frames"),
-        field_line("from", f"the tokens of {config.context_frames} frames before"),
+                   f"{config.grid[1]} tokens for each frame, clips of up to {counted(config.max_frames, 'frame')}"),
+        field_line("from", f"the tokens of {counted(config.context_frames, 'frame')} before"),
         *_origin_and_size(config),
     ]  # fmt: skip
 

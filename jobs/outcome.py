@@ -59,7 +59,7 @@ def describe_outcome(
         lines.append(
             f"{summary.failed:,} of {summary.samples:,} samples failed ({fraction:.2%}"
             + (f", more than the {max_failed_fraction:.2%} allowed" if too_many else "")
-            + "); `bsq inspect` shows the failure tables."
+            + "); `bsq inspect` shows the commonest kinds; the tables in failures/ have all."
         )
     remedies = [
         (summary.failed_shards, "the failed shards", ""),

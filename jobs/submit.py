@@ -112,7 +112,7 @@ class Cluster:
         They travel in a file, not in the command, which everybody who sees the dashboard can read.  Raises SpecError
         where packages shall travel but are not known, BsqError when the cluster does not take the job."""
         job_id = f"bsq-{secrets.token_hex(4)}"
-        command = f"python -m jobs.cli tokenize --config {JOB_FILE} --ray-address auto"
+        command = f"python -m jobs.entry tokenize --config {JOB_FILE} --ray-address auto"
         with tempfile.TemporaryDirectory(prefix="bsq-submit-") as name:
             folder = Path(name)
             stage_job(spec, folder)

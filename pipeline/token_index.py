@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipeline.dataset_files import iter_commits, read_job, read_manifest
 from pipeline.storage import Storage
-from schemas.errors import BsqError, FingerprintDiffers
+from schemas.errors import BsqError, FingerprintDiffers, SpecError
 from schemas.job import Job
 from schemas.manifest import manifest_table, serialise_manifest
 
@@ -104,10 +104,10 @@ def read_token_index(
     """Read what the manifest of `generation`, the newest unless told, lists.
 
     `allow_partial` also takes a dataset that lacks shards: what is committed so far where no generation is finished.
-    Raises BsqError: no dataset, an incomplete one, damage.  Raises FingerprintDiffers."""
+    Raises SpecError where there is no dataset, BsqError for an incomplete or damaged one, FingerprintDiffers."""
     job = read_job(storage)
     if job is None:
-        raise BsqError(f"{storage.url}: there is no dataset here (no job.json). Check the path.")
+        raise SpecError(f"{storage.url}: there is no dataset here (no job.json). Check the path.")
     _check_fingerprint(storage, job, expect_fingerprint)
     manifest = read_manifest(storage, generation, _COLUMNS)
     if manifest is not None:

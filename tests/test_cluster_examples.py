@@ -96,7 +96,7 @@ def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
         "hostname": "echo 127.0.0.1",
         # Its own options come first; the rest is the command, which keeps this process's id.
         "srun": f'echo "$@" >> {tmp_path}/steps\nwhile [[ "$1" == --* ]]; do shift; done\nexec "$@"',
-        "bsq": f'exec "{sys.executable}" -c "from jobs.cli import main; main()" "$@"',
+        "bsq": f'exec "{sys.executable}" -c "from jobs.entry import main; main()" "$@"',
     }
     for name, body in programs.items():
         (folder / name).write_text(f"#!/bin/bash\n{body}\n", encoding="utf-8")

@@ -44,7 +44,7 @@ def shell(tmp_path: Path) -> Shell:
     """Run a script that finds this Python and this `bsq` on its path, as in an activated environment."""
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
-    for name, command in (("python", ""), ("bsq", ' -c "from jobs.cli import main; main()"')):
+    for name, command in (("python", ""), ("bsq", ' -c "from jobs.entry import main; main()"')):
         script = bin_folder / name
         script.write_text(f'#!/bin/sh\nexec "{sys.executable}"{command} "$@"\n', encoding="utf-8")
         script.chmod(0o755)

@@ -208,7 +208,7 @@ def demo_folder(small_shards: list[Path], tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("readme")
     arguments = ["tokenize", small_shards[2], "--out", "demo/tokens", "--tokenizer", "untrained:vit-tiny-32-l18"]
     done = subprocess.run(
-        [sys.executable, "-c", "from jobs.cli import main; main()", *map(str, arguments), "--no-ray"],
+        [sys.executable, "-c", "from jobs.entry import main; main()", *map(str, arguments), "--no-ray"],
         env=bsq_environment(),
         cwd=folder,
         capture_output=True,

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-BSQ = [sys.executable, "-c", "from jobs.cli import main; main()"]
+BSQ = [sys.executable, "-c", "from jobs.entry import main; main()"]
 
 
 def jpeg(seed: int, width: int = 96, height: int = 80) -> bytes:

@@ -255,7 +255,8 @@ def read_folder(folder: Path, where: str) -> CheckpointFiles:
             contents.append((folder / name).read_bytes())
         except OSError as error:
             raise CheckpointError(
-                f"{where}/{name}: cannot be read: {error.strerror or type(error).__name__}."
+                f"{where}: no weights can be read here ({name}: {error.strerror or type(error).__name__}). "
+                "Name a folder that has config.json and model.safetensors."
             ) from error
     return CheckpointFiles(contents[0], contents[1], where)
 

@@ -324,10 +324,10 @@ def test_an_interrupt_ends_with_130(module, capsys):
 
 def test_a_reader_that_stops_reading_causes_no_noise():
     code = (
-        "import sys, types, jobs.cli\n"
+        "import sys, types, jobs.entry\n"
         "fake = types.ModuleType('jobs.inspect'); fake.describe = lambda url, **settings: 'line\\n' * 100_000\n"
         "sys.modules['jobs.inspect'] = fake\n"
-        "sys.argv = ['bsq', 'inspect', 'x']; jobs.cli.main()"
+        "sys.argv = ['bsq', 'inspect', 'x']; jobs.entry.main()"
     )
     # Unbuffered, Python drops what does not fit the pipe and never notices that the reader is gone.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -346,12 +346,12 @@ def test_a_reader_that_stops_reading_causes_no_noise():
 def test_a_signal_while_a_command_runs_leaves_no_traceback(tmp_path):
     # A shell that starts the tests in the background has them ignore SIGINT, and children inherit that.
     code = (
-        "import signal, sys, time, types, jobs.cli\n"
+        "import signal, sys, time, types, jobs.entry\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def wait(out, **settings): print('ready', flush=True); time.sleep(60)\n"
         "fake = types.ModuleType('jobs.progress'); fake.read_status = wait\n"
         "sys.modules['jobs.progress'] = fake\n"
-        "sys.argv = ['bsq', 'status', 'x']; jobs.cli.main()"
+        "sys.argv = ['bsq', 'status', 'x']; jobs.entry.main()"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
@@ -362,6 +362,20 @@ def test_a_signal_while_a_command_runs_leaves_no_traceback(tmp_path):
     _, err = process.communicate(timeout=30)
     assert err == "Interrupted.\n"
     assert process.returncode == 130
+
+
+def test_a_signal_while_modules_are_loaded_leaves_no_traceback():
+    code = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'pydantic': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from jobs.entry import main\n"
+        "sys.argv = ['bsq', 'status', 'x']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "Interrupted.\n")
 
 
 def test_the_installed_script_is_this_command_line():

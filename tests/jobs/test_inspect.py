@@ -24,8 +24,8 @@ def test_a_dataset_is_described_with_its_tokenizer_counts_and_failures(write_dat
     assert "12 of 1 to 7 frames, 768 tokens" in text
     assert "(0.281 for the tokens alone)" in text  # 18 bits for 8 x 8 pixels
     assert dataset.job.fingerprint in text
-    assert "3 failed  group   NoMedia: only a .txt member" in text
-    assert "3 warning sidecar CaptionNotText: not text" in text
+    assert "3 failed  group   NoMedia, for example: only a .txt member" in text
+    assert "3 warning sidecar CaptionNotText, for example: not text" in text
 
 
 def test_shards_that_failed_are_named(write_dataset):

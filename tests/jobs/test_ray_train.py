@@ -87,7 +87,7 @@ def test_two_processes_train_as_under_torchrun(tmp_path, small_shards, command):
         folder.mkdir()
         write(folder, small_shards, 6)
     script = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    bsq = ["-c", "from jobs.cli import main; main()", "train", "train.yaml"]
+    bsq = ["-c", "from jobs.entry import main; main()", "train", "train.yaml"]
     subprocess.run(
         [*script, "--no-python", sys.executable, *bsq], cwd=folders[1], env=bsq_environment({"OMP_NUM_THREADS": "1"}),
         check=True, capture_output=True, timeout=SECONDS,

@@ -85,7 +85,7 @@ def test_untrained_weights_are_the_same_everywhere():
         ("defualt", r"no tokenizer 'defualt'. Did you mean 'default'\?"),
         ("untrained:vit-tiny-23-l18", r"Did you mean 'vit-tiny-32-l18'\?"),
         ("vit-b8-256-l18", "'untrained:vit-b8-256-l18' gives that model with random weights"),
-        ("./nowhere", r"\./nowhere/config\.json: cannot be read: No such file"),
+        ("./nowhere", r"\./nowhere: no weights can be read here \(config\.json: No such file"),
         ("memory://nowhere", "memory://nowhere: the checkpoint cannot be read"),
         ("nosuch://u:secret@host/x?sig=secret", r"nosuch://host/x: the checkpoint cannot be read \(ValueError\)"),
     ],
