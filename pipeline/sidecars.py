@@ -25,7 +25,8 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
 _INT64 = range(-(2**63), 2**63)
 # How deep Python's parser gets depends on its version and on the caller's stack; so the bound is our own.
 _MAX_JSON_DEPTH = 100
-_JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+# Possessive, and content with a string that never ends: giving bytes back would take quadratic time.
+_JSON_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _MAX_JSON_DIGITS = 1000
 
 

@@ -117,6 +117,13 @@ def test_depth_is_counted_in_the_structure_and_not_in_texts():
     assert read(json=b"[" * 100 + b"]" * 100).warnings == []
 
 
+def test_a_string_that_never_ends_is_read_once():
+    # In quadratic time this would take hours.
+    endless = b'"' + b'\\"' * 250_000
+    assert "nested deeper" in the_warning(read(json=b"[" * 101 + endless))[1]
+    assert "Unterminated string" in the_warning(read(json=b"[" + b"[]," * 101 + endless))[1]
+
+
 def test_members_over_the_limit_or_without_content_are_left_out():
     limits = LimitsSpec(max_sidecar_bytes=10)
     assert the_warning(read(limits=limits, txt=b"x" * 11))[0] == "CaptionNotText"
