@@ -317,7 +317,10 @@ class ShardWorker:
             self._board.end(name)
             samples, shard = self._samples.get()
             if not shard.aborted:
-                sidecars = [read_sidecars(sample.members, spec.carry, spec.limits) for sample in samples]
+                sidecars = []
+                for sample in samples:
+                    self._board.begin(name, "sidecars", shard.shard, sample.key)
+                    sidecars.append(read_sidecars(sample.members, spec.carry, spec.limits))
                 for sample, carried in zip(samples, sidecars, strict=True):
                     self._decode_sample(sample, carried, shard, name)
             with self._counts:

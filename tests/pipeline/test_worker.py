@@ -17,9 +17,11 @@ from jobs.begin import resolve
 from pipeline import worker as worker_module
 from pipeline.decode import Decoder
 from pipeline.encode import Encoded, StubEncoder
+from pipeline.messages import Activity
 from pipeline.sample import ClipView, Member
+from pipeline.sidecars import Sidecars, read_sidecars
 from pipeline.worker import Assignment, Message, ShardCommitted, ShardFailed, ShardWorker, WorkerBroken, WorkerSetup
-from schemas.jobspec import parse_spec
+from schemas.jobspec import LimitsSpec, parse_spec
 from schemas.ledger import Commit
 from tests.tiny_corpus import dataset_files, jpeg, mp4, photo_members, write_tar
 
@@ -202,6 +204,25 @@ def test_the_heartbeat_answers_and_names_stage_shard_and_key_while_a_decoder_is_
     after = worker.heartbeat()
     assert after.progress > before.progress
     assert (after.samples, after.rows, after.busy) == (3, 3, False)
+
+
+def test_the_key_whose_sidecars_are_being_read_is_named(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Activity] = []
+
+    def read(members: dict[str, Member], carry: tuple[str, ...], limits: LimitsSpec) -> Sidecars:
+        told.append(worker.heartbeat().activities[threading.current_thread().name])
+        return read_sidecars(members, carry, limits)
+
+    monkeypatch.setattr(worker_module, "read_sidecars", read)
+    worker = start(num_cpus=1)
+    worker.assign(Assignment(7, 1, str(write_tar(tmp_path / "a.tar", photo_members(0, 2)))))
+    commits(worker, 1)
+    assert [(item.stage, item.shard, item.key) for item in told] == [
+        ("sidecars", 7, "000000"),
+        ("sidecars", 7, "000001"),
+    ]
 
 
 # ---- errors
