@@ -154,6 +154,7 @@ def _decode_png(payload: bytes, limits: LimitsSpec, keep_truncated: bool) -> Pic
             raise MediaTruncated(message)
         warnings.append(MediaTruncatedKept(message))
     image = _open(PngImagePlugin.PngImageFile, parts.payload, "PNG")
+    check_size(*image.size, limits)
     picture = _picture(_load(image, "PNG", partly=parts.truncated), exif_orientation(parts.exif), parts.profile)
     picture.warnings = warnings
     return picture

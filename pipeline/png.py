@@ -32,7 +32,8 @@ class PngParts:
 def read_png(payload: bytes) -> PngParts:
     """Check every chunk that matters and return the parts.  A file that ends early has `truncated` set.
 
-    Raises MediaCorrupt for a wrong checksum or order, MediaTruncated where not even the size is there."""
+    Raises MediaCorrupt for a wrong checksum or order and a second header, MediaTruncated where not even the size is
+    there."""
     if payload[12:16] != b"IHDR" and len(payload) >= 16:
         raise MediaCorrupt("the PNG does not begin with its header chunk. Replace the file.")
     if len(payload) < 33:
@@ -53,6 +54,8 @@ def read_png(payload: bytes) -> PngParts:
             if kind == b"IDAT":
                 kept.append(view[position:])
             break
+        if kind == b"IHDR" and position > len(SIGNATURE):  # decoders differ in which one they take
+            raise MediaCorrupt(f"the PNG has a second header chunk at byte {position:,}. Replace the file.")
         if kind in _PIXEL_CHUNKS:
             (declared,) = struct.unpack_from(">I", payload, end - 4)
             if zlib.crc32(view[position + 4 : end - 4]) != declared:

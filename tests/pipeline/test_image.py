@@ -324,6 +324,13 @@ def test_too_many_pixels_are_refused_from_the_header(format):
     assert peak < 5e6
 
 
+def test_a_second_header_does_not_bypass_the_limits():
+    payload = encode(photo(), "PNG")
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 20_000, 8, 2, 0, 0, 0))
+    with pytest.raises(MediaCorrupt, match="second header chunk at byte 33"):
+        decode_picture(payload[:33] + header + payload[33:], LIMITS)
+
+
 def test_sides_have_limits_too():
     with pytest.raises(ImageTooLarge, match="max_side"):
         decode_picture(encode(photo(10, 300), "PNG"), LimitsSpec(max_side=299))
