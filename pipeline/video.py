@@ -29,6 +29,7 @@ from pipeline.containers import missing_bytes
 from pipeline.frame_times import FrameClock
 from pipeline.image import check_size
 from pipeline.preprocess import upright_size
+from pipeline.sample_tables import check_sample_tables, is_iso
 from schemas.errors import (
     DecodeTimeout,
     MediaCorrupt,
@@ -46,8 +47,8 @@ Pixels = npt.NDArray[np.uint8]
 av.logging.set_level(None)
 
 # Containers that hold their own frames.  Playlists and scripts (concat, hls, dash, sdp) open what they name.
-_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,gif,h264,hevc"
-_OPTIONS = {"format_whitelist": _FORMATS, "protocol_whitelist": "none"}
+_ISO_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2"
+_OTHER_FORMATS = "matroska,webm,avi,mpegts,gif,h264,hevc"
 _MICROSECONDS = 1_000_000
 
 # libavutil's AVColorSpace and AVColorRange.
@@ -173,8 +174,12 @@ def to_rgb(picked: PickedFrame) -> Pixels:
 
 
 def _open(payload: bytes, missing: int, limits: LimitsSpec) -> InputContainer:
+    formats = _OTHER_FORMATS
+    if is_iso(payload):  # and nothing else is opened as such a file, whatever comes later in it
+        check_sample_tables(payload, limits)
+        formats = _ISO_FORMATS
     # Opening decodes a frame where the header leaves something open: max_pixels binds that codec too.
-    options = {**_OPTIONS, "max_pixels": str(limits.max_pixels)}
+    options = {"format_whitelist": formats, "protocol_whitelist": "none", "max_pixels": str(limits.max_pixels)}
     try:
         return av.open(io.BytesIO(payload), mode="r", options=options, metadata_errors="replace")
     except av.error.FFmpegError as error:
