@@ -5,8 +5,9 @@ Every occurrence of a key is a sample: one that can be tokenized, or one that ca
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -28,6 +29,8 @@ from schemas.jobspec import LimitsSpec
 MAX_MEMBERS = 256
 """Of one sample.  With the limit on sidecars it bounds what one key can hold in memory."""
 
+_MAX_NAME_CHARS = 64
+"""Of a key or extension that is remembered as it is."""
 _META = re.compile(r"__[^/]*__(?:$|/)")
 _kind_of_extension = lru_cache(maxsize=1024)(media_kind_of_extension)
 
@@ -48,8 +51,8 @@ class _Run:
 
     key: str
     members: dict[str, Member] = field(default_factory=dict)
-    extensions: list[str] = field(default_factory=list)
-    """In lower case, in order."""
+    extensions: list[str | bytes] = field(default_factory=list)
+    """In lower case, in order, as they are remembered."""
     repeated: str | None = None
     """Name of the first member whose extension was there already."""
     media: list[Member] = field(default_factory=list)
@@ -60,15 +63,21 @@ class _Run:
         lower = extension.lower()
         if self.num_members > MAX_MEMBERS:
             return
-        if lower in self.extensions:
+        remembered = _short(lower)
+        if remembered in self.extensions:
             self.repeated = self.repeated or member.name
-        if member.kind == "file" and _kind_of_extension(lower) is not None:
+        if member.kind == "file" and _kind_of_extension(lower[-_MAX_NAME_CHARS:]) is not None:
             self.media.append(member)
             if len(self.media) > 1:
                 # The sample fails whatever comes; a hundred films under one key must not fill the memory.
                 member.payload = None
-        self.extensions.append(lower)
+        self.extensions.append(remembered)
         self.members.setdefault(extension, member)
+
+
+def _short(name: str) -> str | bytes:
+    """Return what a key or extension is remembered by, a hash for long ones: a hostile archive can make millions."""
+    return name if len(name) <= _MAX_NAME_CHARS else hashlib.blake2b(name.encode(), digest_size=16).digest()
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -117,9 +126,9 @@ class _Grouper:
     def __init__(self, limits: LimitsSpec, counts: GroupCounts) -> None:
         self.counts = counts
         self._limits = limits
-        self._seen: dict[str | bytes, tuple[str, ...]] = {}
-        self._same_extensions: dict[tuple[str, ...], tuple[str, ...]] = {}
-        self._usual_extensions: set[str] = set()
+        self._seen: dict[str | bytes, frozenset[str | bytes]] = {}
+        self._same_extensions: dict[frozenset[str | bytes], frozenset[str | bytes]] = {}
+        self._usual_extensions: set[str | bytes] = set()
 
     def finish(self, run: _Run) -> Sample:
         failure = self._occurrence_failure(run) or self._member_failure(run) or self._media_failure(run)
@@ -151,24 +160,24 @@ class _Grouper:
         return Sample(position, run.key, run.members, media, failure)
 
     def _occurrence_failure(self, run: _Run) -> SampleError | None:
-        # Long keys are remembered by a hash: a hostile archive can make millions of them.
-        key = run.key if len(run.key) <= 64 else hashlib.blake2b(run.key.encode(), digest_size=16).digest()
-        extensions = tuple(run.extensions)
-        extensions = self._same_extensions.setdefault(extensions, extensions)
+        key = _short(run.key)
+        extensions = frozenset(run.extensions)
         before = self._seen.get(key)
         if before is None:
-            self._seen[key] = extensions
+            self._seen[key] = self._same_extensions.setdefault(extensions, extensions)
             return None
-        self._seen[key] = (*before, *(extension for extension in extensions if extension not in before))
-        again = set(before).intersection(extensions)
-        if again:
+        again = [extension for extension in run.members if _short(extension.lower()) in before]
+        is_full = len(before) >= MAX_MEMBERS  # so many are no members of one sample
+        if not is_full:
+            self._seen[key] = before | extensions
+        if again or is_full:
             return KeyDuplicated(
-                f"Key {run.key!r} was complete before and comes again with .{min(again)}; its first occurrence is "
-                "tokenized. Give every sample of a shard a key of its own."
+                f"Key {run.key!r} was complete before and comes again with {_listed(again or run.members)}; its first "
+                "occurrence is tokenized. Give every sample of a shard a key of its own."
             )
         return KeySplit(
             f"Key {run.key!r} came before, and other keys stand between its members; its first occurrence is tokenized "
-            f"without {_listed(run)}. Write the members of a sample one after the other."
+            f"without {_listed(run.members)}. Write the members of a sample one after the other."
         )
 
     def _member_failure(self, run: _Run) -> SampleError | None:
@@ -221,12 +230,14 @@ def _no_media(run: _Run) -> NoMedia:
                 f"content of {'an image' if kind == 'image' else 'a video'}. Rename it to take it.",
                 member=member.name,
             )
-    return NoMedia(f"Key {run.key!r} has no image or video member, only {_listed(run)}. Check how the shard was made.")
+    return NoMedia(
+        f"Key {run.key!r} has no image or video member, only {_listed(run.members)}. Check how the shard was made."
+    )
 
 
-def _listed(run: _Run) -> str:
-    names = [f".{extension}" for extension in run.members][:8]
-    return ", ".join(names) + (", …" if len(run.members) > 8 else "")
+def _listed(extensions: Collection[str]) -> str:
+    names = [f".{extension}" for extension in itertools.islice(extensions, 8)]
+    return ", ".join(names) + (", …" if len(extensions) > 8 else "")
 
 
 def _cut_off(error: ArchiveError) -> SampleCutOff:

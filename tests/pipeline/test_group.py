@@ -5,6 +5,7 @@ import io
 import json
 import os
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,25 @@ def test_members_without_a_key_are_counted():
 def test_long_keys_are_told_apart():
     stem = "k" * 5000
     assert group(f"{stem}a.jpg", f"{stem}b.jpg", f"{stem}a.jpg")[2][1] == "KeyDuplicated"
+
+
+def test_a_key_that_comes_for_ever_is_remembered_by_few_extensions():
+    names = [name for number in range(3000) for name in (f"a.x{number}", f"b{number}.jpg")]
+    found = [error for key, error in group(*names) if key == "a"]
+    assert found == ["NoMedia"] + ["KeySplit"] * (MAX_MEMBERS - 1) + ["KeyDuplicated"] * (3000 - MAX_MEMBERS)
+
+
+def test_long_extensions_are_told_apart_and_not_kept():
+    pad = "e" * 10_000
+    assert group(f"a.{pad}1", "b.jpg", f"a.{pad}2", "c.jpg", f"a.{pad}1")[::2] == [
+        ("a", "NoMedia"), ("a", "KeySplit"), ("a", "KeyDuplicated"),
+    ]  # fmt: skip
+    tracemalloc.start()
+    for _ in group_samples(member(f"k{number}.{number}{pad}.jpg") for number in range(1000)):
+        pass
+    kept = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert kept < 5e6
 
 
 def damaged(error, *names):
