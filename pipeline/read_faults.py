@@ -29,6 +29,11 @@ def _is_unauthorised(error: BaseException) -> bool:
     return type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
 
 
+def _names_nothing(error: BaseException) -> bool:
+    """Whether no file can have the name: it is too long, or a link that leads to itself."""
+    return isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
+
+
 def may_pass(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
     error = _cause(error)
@@ -36,7 +41,12 @@ def may_pass(error: BaseException) -> bool:
         FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, ImportError,
         TypeError, ValueError, MemoryError, ShardError, Stopped,
     )  # fmt: skip
-    if not isinstance(error, Exception) or isinstance(error, lasting) or _is_unauthorised(error):
+    if (
+        not isinstance(error, Exception)
+        or isinstance(error, lasting)
+        or _is_unauthorised(error)
+        or _names_nothing(error)
+    ):
         return False
     if type(error).__name__ == "FileExpired":
         return False
@@ -47,7 +57,8 @@ def shard_error(error: BaseException, url: str, options: Mapping[str, Any], *, p
     """Say in one line what `error` means for the shard, without what `options` keep secret."""
     error = _cause(error)
     reason = printable_error(error, options).rstrip(".")
-    if isinstance(error, FileNotFoundError | NotADirectoryError) or _status(error) in (404, 410):
+    is_absent = isinstance(error, FileNotFoundError | NotADirectoryError) or _names_nothing(error)
+    if is_absent or _status(error) in (404, 410):
         return ShardNotFound(f"{url}: there is no such shard. Check the URL and that the shard was not moved.")
     if isinstance(error, PermissionError) or _is_unauthorised(error) or _status(error) in (401, 403):
         return ShardForbidden(f"{url}: storage does not let us read it ({reason}). Check permissions and credentials.")

@@ -102,12 +102,12 @@ def _expand(pattern: str, options: dict[str, Any]) -> Iterator[str]:
 
 def _normalise(url: str) -> str:
     """Return a local path as an absolute one; leave any other URL as it is."""
-    if "::" in url and not Path(url).exists():
+    if "::" in url and not os.path.exists(url):  # noqa: PTH110 - Path.exists() raises for a name that is too long
         return url
     scheme = _SCHEME.match(url)
     if scheme and scheme[1].lower() not in ("file", "local"):
         return url
-    path = url[scheme.end() :] if scheme else str(Path(url).expanduser())
+    path = url[scheme.end() :] if scheme else os.path.expanduser(url)  # noqa: PTH111 - Path's raises for a user it does not know
     return os.path.abspath(path)  # noqa: PTH100 - Path.absolute() keeps "..", and two names of one shard must meet
 
 
@@ -147,7 +147,7 @@ def _look_up(url: str, options: dict[str, Any]) -> Iterator[str]:
 def _look_up_local(path: str) -> Iterator[str]:
     # A file whose name happens to hold brackets is itself, not a pattern.
     if not glob.has_magic(path) or os.path.lexists(path):
-        if Path(path).is_dir():
+        if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir() raises for a name that is too long
             raise SpecError(f"{_shown(path)}: this is a folder. Name its shards, such as {_shown(path)}/*.tar.")
         yield path
         return

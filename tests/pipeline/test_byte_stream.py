@@ -18,6 +18,7 @@ import pytest
 from pipeline.byte_stream import RetryPolicy, open_shard
 from pipeline.group import group_samples
 from pipeline.queues import Stopped
+from pipeline.read_faults import may_pass
 from pipeline.tar import read_members
 from schemas.errors import (
     GzipCorrupt,
@@ -240,6 +241,14 @@ def test_a_file_that_grows_while_it_is_read_is_no_damaged_archive(tmp_path):
     path.write_bytes(whole[:100_000])
     with open_shard(str(path)) as stream, pytest.raises(TarTruncated):
         list(read_members(stream))
+
+
+def test_a_name_that_no_file_can_have_is_not_found_and_not_tried_again(tmp_path):
+    (tmp_path / "loop.tar").symlink_to("loop.tar")
+    for name in ("x" * 300 + ".tar", "y" * 5000, "loop.tar"):
+        with pytest.raises(ShardNotFound) as caught:
+            open_shard(str(tmp_path / name))
+        assert not may_pass(caught.value.__cause__)
 
 
 def test_what_cannot_be_opened_is_told_apart(tmp_path):

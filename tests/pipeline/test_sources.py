@@ -45,6 +45,13 @@ def test_a_missing_file_stays_in_the_list(folder):
     assert expand_shards(["missing.tar"]) == [f"{folder}/missing.tar"]
 
 
+@pytest.mark.parametrize("name", ["x" * 300 + ".tar", "y" * 5000, "z" * 300 + "::x.tar", "~nobody-of-this-name/x.tar"])
+def test_a_name_that_no_file_can_have_stays_in_the_list_too(folder, name):
+    (folder / "list.txt").write_text(f"a.tar\n{name}\n")
+    urls = expand_shards(["@list.txt"])
+    assert len(urls) == 2 and urls[1].endswith(name)
+
+
 def test_lists_hold_patterns_and_comments(folder):
     (folder / "list.txt").write_text("# first\n\n  b.tar \r\ns3://x/{0..1}.tar\n", encoding="utf-8")
     assert expand_shards(["@list.txt", "a.tar"]) == [
