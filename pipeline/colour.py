@@ -69,6 +69,16 @@ def to_rgb(image: Image.Image) -> Pixels:
     return np.array(image if mode == "RGB" else image.convert("RGB"))
 
 
+def key_of_png(transparency: object, mode: str, depth: int) -> object:
+    """Return the value that stands for transparent in a PNG of `depth` bits as Pillow loads such a value."""
+    if mode == "L" and isinstance(transparency, int):
+        most = (1 << depth) - 1
+        return (transparency & most) * 255 // most
+    if mode == "RGB" and isinstance(transparency, tuple):
+        return tuple(value >> 8 if depth == 16 else value & 255 for value in transparency)
+    return transparency
+
+
 def cmyk_to_rgb(pixels_HWC: Pixels, profile: bytes | None) -> Pixels:
     """Return CMYK pixels (0 = no ink) as sRGB, through the profile if one fits."""
     image = Image.frombuffer("CMYK", (pixels_HWC.shape[1], pixels_HWC.shape[0]), np.ascontiguousarray(pixels_HWC))

@@ -155,7 +155,10 @@ def _decode_png(payload: bytes, limits: LimitsSpec, keep_truncated: bool) -> Pic
         warnings.append(MediaTruncatedKept(message))
     image = _open(PngImagePlugin.PngImageFile, parts.payload, "PNG")
     check_size(*image.size, limits)
-    picture = _picture(_load(image, "PNG", partly=parts.truncated), exif_orientation(parts.exif), parts.profile)
+    image = _load(image, "PNG", partly=parts.truncated)
+    if "transparency" in image.info:
+        image.info["transparency"] = colour.key_of_png(image.info["transparency"], image.mode, parts.depth)
+    picture = _picture(image, exif_orientation(parts.exif), parts.profile)
     picture.warnings = warnings
     return picture
 

@@ -21,6 +21,8 @@ _MAX_PROFILE_BYTES = 4 << 20
 class PngParts:
     width: int
     height: int
+    depth: int
+    """Bits of one value."""
     payload: bytes
     """A PNG with the same pixels and nothing else."""
     exif: bytes = b""
@@ -38,8 +40,8 @@ def read_png(payload: bytes) -> PngParts:
         raise MediaCorrupt("the PNG does not begin with its header chunk. Replace the file.")
     if len(payload) < 33:
         raise MediaTruncated(f"the PNG ends at byte {len(payload):,}, inside its header. Copy it again.")
-    width, height = struct.unpack_from(">II", payload, 16)
-    parts = PngParts(width, height, b"")
+    width, height, depth = struct.unpack_from(">IIB", payload, 16)
+    parts = PngParts(width, height, depth, b"")
     kept: list[bytes | memoryview] = [SIGNATURE]
     position = len(SIGNATURE)
     view = memoryview(payload)

@@ -150,6 +150,28 @@ def test_palette_and_colour_key_transparency_are_laid_on_white():
     assert upright(b"\x89PNG\r\n\x1a\n" + header + body)[0, :2].tolist() == [[255, 255, 255], [2, 2, 2]]
 
 
+@pytest.mark.parametrize(("channels", "depth"), [(1, 1), (1, 2), (1, 4), (1, 8), (1, 16), (3, 8), (3, 16)])
+def test_the_transparent_value_of_a_png_counts_in_its_own_depth(channels, depth):
+    most = (1 << depth) - 1
+    key = most // 2
+    values = np.tile(np.repeat([key, key + 1], channels), 8)
+    bits = (values[:, None] >> np.arange(depth)[::-1]) & 1
+    row = np.packbits(bits.astype(np.uint8)).tobytes()
+    payload = b"\x89PNG\r\n\x1a\n" + b"".join(
+        png_chunk(kind, content)
+        for kind, content in (
+            (b"IHDR", struct.pack(">IIBBBBB", 16, 8, depth, channels - 1, 0, 0, 0)),
+            (b"tRNS", struct.pack(">H", key) * channels),
+            (b"IDAT", zlib.compress((b"\0" + row) * 8)),
+            (b"IEND", b""),
+        )
+    )
+    shown = upright(payload)
+    assert shown.shape == (8, 16, 3)
+    assert (shown[:, 0::2] == 255).all()
+    assert (shown[:, 1::2] == ((key + 1) * 255 + most // 2) // most).all()
+
+
 def test_one_bit_becomes_black_and_white():
     bits = np.indices((96, 128)).sum(axis=0) % 2 == 0
     shown = upright(encode(Image.fromarray(bits), "PNG"))
