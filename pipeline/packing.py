@@ -66,11 +66,6 @@ class Packed:
         """Ids that are not padding."""
         return sum(piece.last - piece.first for piece in self.pieces)
 
-    @property
-    def efficiency(self) -> float:
-        """Share of ids that are not padding."""
-        return self.num_used / len(self.ids)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:

@@ -182,11 +182,6 @@ class TokenFile:
         """Rows of each unit, as the footer says."""
         return [group.num_rows for group in self._groups]
 
-    @property
-    def at_offsets(self) -> list[bool]:
-        """Of each unit, whether its footer allows reading at byte offsets; pages are checked when they are read."""
-        return [place is not None for place in self._places]
-
     def read_fixed(self, unit: int, rows_RS: Octets) -> None:
         """Fill `rows_RS` with the rows of a unit that all have S - 4 bytes; the first 4 of each are then its prefix.
 
