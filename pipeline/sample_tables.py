@@ -1,4 +1,4 @@
-"""How many samples the tables of an MP4 or MOV file declare, before a demuxer takes memory for them.
+"""How many samples the tables of an MP4, MOV or AVI file declare, before a demuxer takes memory for them.
 
 FFmpeg expands its tables when it opens a file, to tens of bytes for each sample, and twelve bytes can declare billions
 of samples.  Standard library only.
@@ -24,6 +24,8 @@ MAX_PCM_SAMPLES = 1 << 31
 """Of one track of uncompressed sound: three hours at 192 kHz."""
 MAX_HEADER_BYTES = 16 << 20
 """Of a header that is stored compressed."""
+MAX_AVI_TRACKS = 16
+"""For each of them FFmpeg may make half a million entries from one of 16 bytes."""
 
 _FIRST_BOXES = frozenset(
     b"ftyp moov mdat moof free skip wide styp sidx mfra meta uuid pnot PICT udta junk hoov prft emsg".split()
@@ -58,6 +60,13 @@ def check_sample_tables(payload: bytes, limits: LimitsSpec) -> None:
     _check_declared(payload, spans, limits)
     for header in _inflated_headers(payload, spans):
         _check_declared(header, [(0, len(header))], limits)
+
+
+def check_avi_tracks(payload: bytes) -> None:
+    """Raise MediaCorrupt for an AVI file of more tracks than any has."""
+    tracks = payload.count(b"strh")
+    if tracks > MAX_AVI_TRACKS:
+        raise MediaCorrupt(f"the AVI has {tracks:,} tracks; at most {MAX_AVI_TRACKS} are read. Replace the file.")
 
 
 def _check_declared(content: bytes, spans: list[tuple[int, int]], limits: LimitsSpec) -> None:

@@ -29,7 +29,7 @@ from pipeline.containers import missing_bytes
 from pipeline.frame_times import FrameClock
 from pipeline.image import check_size
 from pipeline.preprocess import upright_size
-from pipeline.sample_tables import check_sample_tables, is_iso
+from pipeline.sample_tables import check_avi_tracks, check_sample_tables, is_iso
 from schemas.errors import (
     DecodeTimeout,
     MediaCorrupt,
@@ -48,6 +48,7 @@ av.logging.set_level(None)
 
 # Containers that hold their own frames.  Playlists and scripts (concat, hls, dash, sdp) open what they name.
 _ISO_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2"
+_AVI_MAGIC = (b"RIFF", b"ON2 ")
 _OTHER_FORMATS = "matroska,webm,avi,mpegts,gif,h264,hevc"
 _MICROSECONDS = 1_000_000
 
@@ -178,6 +179,8 @@ def _open(payload: bytes, missing: int, limits: LimitsSpec) -> InputContainer:
     if is_iso(payload):  # and nothing else is opened as such a file, whatever comes later in it
         check_sample_tables(payload, limits)
         formats = _ISO_FORMATS
+    elif payload.startswith(_AVI_MAGIC):
+        check_avi_tracks(payload)
     # Opening decodes a frame where the header leaves something open: max_pixels binds that codec too.
     options = {"format_whitelist": formats, "protocol_whitelist": "none", "max_pixels": str(limits.max_pixels)}
     try:

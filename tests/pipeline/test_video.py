@@ -430,6 +430,13 @@ def test_tables_that_overlap_are_not_added_up_for_ever():
         pick(payload)
 
 
+def test_an_avi_of_many_tracks_is_refused_before_it_is_opened(monkeypatch):
+    payload = make_video(3, container="avi", codec="mpeg4")
+    monkeypatch.setattr(av, "open", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(MediaCorrupt, match="17 tracks"):
+        pick(payload.replace(b"strh", b"strh" * 17))
+
+
 def test_a_segment_index_cannot_point_into_the_data():
     payload = bytearray(fragmented())
     index = payload.index(b"sidx")
