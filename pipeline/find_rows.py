@@ -16,6 +16,7 @@ from pipeline.dataset_files import StoredFile, iter_commits, list_generations, r
 from pipeline.parquet import PARQUET_ERRORS, open_parquet
 from pipeline.storage import Storage
 from schemas.errors import BsqError
+from schemas.failures import bounded_name
 from schemas.manifest import latest_parts
 
 SEARCHED_FILES = 16
@@ -122,7 +123,9 @@ def why_missing(storage: Storage, key: str, *, generation: int | None = None) ->
     for name in islice(tables, SEARCHED_FILES):
         with _Opened(storage, name) as file:
             rows = file.read(columns=["key", "error", "message", "severity"], use_threads=False)
-        rows = rows.filter(pc.and_(pc.equal(rows["key"], key), pc.equal(rows["severity"], "failed"))).to_pylist()
+        rows = rows.filter(
+            pc.and_(pc.equal(rows["key"], bounded_name(key)), pc.equal(rows["severity"], "failed"))
+        ).to_pylist()
         if rows:
             return f"{rows[0]['error']}: {rows[0]['message']}"
     return None

@@ -16,7 +16,7 @@ from pipeline.parquet import PARQUET_ERRORS, read_parquet
 from pipeline.sample import Sample
 from pipeline.storage import Storage
 from schemas.errors import BsqError, SampleCutOff, ShardDiffers, printable
-from schemas.failures import POISON, Failure, parse_failures
+from schemas.failures import POISON, Failure, bounded_name, parse_failures
 
 
 @dataclass(slots=True)
@@ -59,7 +59,7 @@ class MissingSamples:
             # Where the archive broke off, the key was a guess from what was left of a header.
             return True
         before = failure.key if failure is not None else self.keys.get(position)
-        key = printable(sample.key)
+        key = bounded_name(sample.key) if failure is not None else printable(sample.key)
         if before is not None and before != key:
             raise self._differs(f"sample {position:,} has the key {key!r} and had {before!r}")
         return failure is not None

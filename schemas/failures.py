@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +13,8 @@ import pyarrow.parquet as pq
 from schemas.errors import ArchiveError, SampleError, printable
 
 MAX_MESSAGE_CHARS = 2000
+MAX_NAME_CHARS = 1000
+"""Of a key or member; of a longer one stand its beginning and a hash."""
 POISON = frozenset({"WorkerCrash", "DecodeTimeout"})
 """Classes of samples that end or hang their decoder."""
 
@@ -54,8 +57,8 @@ class Failure:
     ) -> Failure:
         """The row for an error of one sample."""
         return cls(
-            key=printable(key),
-            member=printable(name) if (name := error.member or member) else None,
+            key=bounded_name(key),
+            member=bounded_name(name) if (name := error.member or member) else None,
             position=position,
             clip=error.clip,
             stage=error.stage,
@@ -74,6 +77,15 @@ class Failure:
 def parse_failures(table: pa.Table) -> list[Failure]:
     """The rows of a failure table."""
     return [Failure(**row) for row in table.select(FAILURE_SCHEMA.names).to_pylist()]
+
+
+def bounded_name(name: str) -> str:
+    """A key or the name of a member as it stands in a row: a hostile archive can make thousands of 16 kB each."""
+    name = printable(name)
+    if len(name) <= MAX_NAME_CHARS:
+        return name
+    digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+    return f"{name[: MAX_NAME_CHARS - len(digest) - 1]}…{digest}"
 
 
 def _short(error: Exception) -> str:

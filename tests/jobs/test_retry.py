@@ -15,7 +15,11 @@ from jobs.verify import verify_dataset
 from pipeline.dataset_files import list_generations, read_manifest
 from pipeline.find_rows import find_rows, why_missing
 from pipeline.generations import read_generation
+from pipeline.missing import MissingSamples
+from pipeline.sample import Sample
 from pipeline.storage import open_storage
+from schemas.errors import NoMedia, ShardDiffers
+from schemas.failures import Failure
 from tests.jobs.generations import (
     KINDS,
     WIDE,
@@ -71,6 +75,15 @@ def test_a_video_that_was_mended_keeps_the_clips_it_had(tmp_path: Path) -> None:
     assert part["file"].startswith("tokens/0000/0000000.r1-")
     tokenize([tmp_path / "a.tar"], tmp_path / "whole")
     assert_same_dataset(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_failed_sample_with_a_long_key_is_known_again() -> None:
+    key = "k" * 16_000
+    failure = Failure.of_sample(NoMedia("none"), key=key, position=0, member=None, source_offset=None)
+    missing = MissingSamples("a.tar", 1, with_rest=False, failures=[failure], failed={0: failure})
+    assert missing.wants(Sample(0, key, {}))
+    with pytest.raises(ShardDiffers):
+        missing.wants(Sample(0, key + "k", {}))
 
 
 def test_what_still_fails_after_a_retry_is_told_by_its_table_alone(tmp_path: Path) -> None:

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from pipeline.parquet import read_parquet
 from schemas.errors import LabelNotInteger, MediaTruncated, TarTruncated
-from schemas.failures import FAILURE_SCHEMA, MAX_MESSAGE_CHARS, Failure, serialise_failures
+from schemas.failures import (
+    FAILURE_SCHEMA,
+    MAX_MESSAGE_CHARS,
+    MAX_NAME_CHARS,
+    Failure,
+    bounded_name,
+    serialise_failures,
+)
 
 
 def read(data: bytes) -> list[dict[str, object]]:
@@ -65,3 +72,13 @@ def test_any_bytes_of_a_tar_and_any_message_can_be_stored(key: bytes, message: s
     assert row["key"] == key.decode("utf-8", "backslashreplace")
     assert len(str(row["message"])) <= MAX_MESSAGE_CHARS
     assert "\n" not in str(row["message"])
+
+
+def test_long_keys_take_little_room_and_are_told_apart():
+    assert bounded_name("k" * MAX_NAME_CHARS) == "k" * MAX_NAME_CHARS
+    names = [bounded_name("k" * 16_000 + end) for end in ("a", "b", "a")]
+    assert names[0] == names[2] != names[1]
+    assert {len(name) for name in names} == {MAX_NAME_CHARS}
+    error = MediaTruncated("cut", member="m" * 16_000)
+    failure = Failure.of_sample(error, key="k" * 16_000 + "a", position=0, member=None, source_offset=None)
+    assert failure.key == names[0] and failure.member == bounded_name("m" * 16_000)
