@@ -1,7 +1,7 @@
 """What training minimises: similarity of pictures, perceptual distance, adversarial terms, the entropies' weight.
 
-Shape letters: B pictures, C channels, H W pixels, T frames.  Pictures are planar floats; `data_range` is the distance
-from black to white, 2 where pixels go from -1 to 1."""
+Shape letters: B pictures, C channels, H W pixels, T frames.  Pictures are planar floats; `data_range` is white where
+black is 0, as SSIM needs it, 2 for pixels from -1 to 1 after 1 is added."""
 
 from __future__ import annotations
 

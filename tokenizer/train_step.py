@@ -156,7 +156,8 @@ class Learner:
         metrics: Metrics = {part.reconstruction: pixel}
         total = part.reconstruction_weight * pixel
         if part.ms_ssim_weight:
-            metrics["ms_ssim"] = ms_ssim(fake_BCHW, real_BCHW, taps=7).mean()
+            # From black as 0: the term that compares brightness is made for means that are not negative.
+            metrics["ms_ssim"] = ms_ssim(fake_BCHW + 1, real_BCHW + 1, taps=7).mean()
             total = total + part.ms_ssim_weight * (1 - metrics["ms_ssim"])
         if self.perceptual is not None:
             with self._autocast():

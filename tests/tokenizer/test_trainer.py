@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from schemas.errors import CheckpointError, Interrupted, SpecError
 from tests.tiny_training import CPU, frames, settings
 from tokenizer.checkpoint import from_pretrained, save_checkpoint
+from tokenizer.losses import ms_ssim
 from tokenizer.train_loop import TrainingDiverged
 from tokenizer.train_state import find_states, load_state
 from tokenizer.train_step import CodeUsage, Learner, starting_model
@@ -149,6 +150,18 @@ def test_the_quantizer_loss_counts_although_the_discriminator_waits():
         learner._tokenizer_gradients(batch, batch.flatten(0, 1).permute(0, 3, 1, 2) / 127.5 - 1, 0)
         gradients.append(learner.model.to_latents.weight.grad.clone())
     assert not torch.allclose(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize(("made", "real"), [(128, 131), (20, 23), (230, 226)])
+def test_the_ms_ssim_that_is_learnt_is_the_metric_of_the_same_pictures(made, real, generator):
+    """Also of grey, whose mean is about 0 where pixels go from -1 to 1."""
+    noise = torch.randint(-4, 5, (2, 2, 3, 128, 128), generator=generator)
+    pair = [level + each.float() for level, each in zip((made, real), noise, strict=True)]
+    config = settings("no-lpips", losses={"adversarial_weight": 0.0})
+    learner = Learner(config, starting_model(config, CPU), CPU)
+    total, metrics = learner._similarity(*(each / 127.5 - 1 for each in pair))
+    expected = 1 - float(ms_ssim(*pair, data_range=255.0, taps=7).mean())
+    assert float(total - metrics["l1"]) == pytest.approx(0.1 * expected, abs=1e-5)
 
 
 def test_recomputed_activations_give_the_same_gradients():
