@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -80,6 +81,15 @@ def broadcast_from_first_rank(tensors: Iterable[Tensor]) -> None:
     if num_ranks() > 1:
         for each in tensors:
             dist.broadcast(each, 0)
+
+
+def gathered(value: Any) -> list[Any]:
+    """The values of all processes, one of each, in every process; a value is anything that can be pickled."""
+    if num_ranks() == 1:
+        return [value]
+    values: list[Any] = [None] * num_ranks()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def joined_batch(batch: Tensor) -> Tensor:

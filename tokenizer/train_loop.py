@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from schemas.errors import BsqError, Interrupted, SpecError, printable
 from tokenizer.ema import MovingAverage
-from tokenizer.ranks import num_ranks, rank
+from tokenizer.ranks import gathered, num_ranks, rank
 from tokenizer.train_config import LearningPart, LoopPart
 from tokenizer.train_log import Observer, StepLog, TrainReport
 from tokenizer.train_state import (
@@ -153,8 +153,10 @@ class TrainLoop(ABC, Generic[AnyBatch]):
     def begin(self, *, resume: bool) -> None:
         """Take the output folder: a new one, or with `resume` also one that holds a run, which goes on.
 
-        Raises SpecError where the folder holds a run and `resume` was not asked for, or one with other settings."""
+        Raises SpecError where the folder holds a run and `resume` was not asked for, or one with other settings, or
+        where it is not the same folder for all processes."""
         states = find_states(self.out / "states")
+        self._require_same_folder(states[-1].stem if states else None)
         if states and not resume:
             raise SpecError(f"{printable(str(self.out))} holds a run. Add --resume to go on, or name another folder.")
         if states:
@@ -196,10 +198,7 @@ class TrainLoop(ABC, Generic[AnyBatch]):
 
     def save(self) -> None:
         """Write the training state and the averaged weights."""
-        sources: list[Any] = [self._batches.state()]
-        if num_ranks() > 1:
-            sources = [None] * num_ranks()
-            dist.all_gather_object(sources, self._batches.state())
+        sources = gathered(self._batches.state())
         if not self._is_first:
             return
         tensors = self._learner.tensors()
@@ -231,6 +230,16 @@ class TrainLoop(ABC, Generic[AnyBatch]):
     def tell(self, line: str) -> None:
         """Say something to whoever watches."""
         self._observer(TrainReport(self.step, self._config.optimizer.steps, line=line))
+
+    def _require_same_folder(self, found: str | None) -> None:
+        """Raise SpecError, in every process, where they do not all find the same newest state."""
+        of_ranks = gathered(found)
+        if any(each != of_ranks[0] for each in of_ranks):
+            shown = ", ".join(f"process {number} {each or 'none'}" for number, each in enumerate(of_ranks))
+            raise SpecError(
+                f"{printable(str(self.out))}: the processes do not find the same training state there ({shown}). Name "
+                "a folder that all of them see, or copy its states to every node."
+            )
 
     def _restore(self, state: TrainState, path: Path) -> None:
         if self._config.require_same_run(state.values["config"], printable(str(path))):

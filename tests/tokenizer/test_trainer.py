@@ -338,6 +338,29 @@ def test_two_processes_have_the_gradients_and_the_run_of_one_on_the_joined_batch
     assert (tmp_path / "two" / "states" / "state-00000003.safetensors").exists()
 
 
+def _own_folder_rank(number, port, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(number), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    from tokenizer.ranks import joined_ranks
+
+    with joined_ranks("cpu"):
+        train(settings(optimizer={"steps": 2}), folder / str(number), [frames(10, 1)])
+        for resume in (False, True):
+            with pytest.raises(SpecError) as refusal:
+                train(settings(optimizer={"steps": 4}), folder / str(number), [frames(10, 1)], resume=resume)
+            (folder / f"{resume}-{number}.txt").write_text(str(refusal.value))
+
+
+def test_processes_that_do_not_see_one_folder_are_all_refused(tmp_path):
+    _in_two_processes(_own_folder_rank, tmp_path)
+    for number in range(2):
+        for resume in (False, True):
+            assert (tmp_path / f"{resume}-{number}.txt").read_text() == (
+                f"{tmp_path / str(number)}: the processes do not find the same training state there (process 0 "
+                "state-00000002, process 1 none). Name a folder that all of them see, or copy its states to every node."
+            )
+
+
 def _code_config(batch_images):
     return settings(
         losses={"transform_code": True},
