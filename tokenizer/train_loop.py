@@ -163,7 +163,6 @@ class TrainLoop(ABC, Generic[AnyBatch]):
             self._restore(load_state(states[-1]), states[-1])
             self.tell(f"Going on after step {self.step:,}.")
         else:
-            # The same on all processes: a state holds the generators of the first.
             torch.manual_seed(self._config.run.seed)
         if self._is_first:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -198,11 +197,11 @@ class TrainLoop(ABC, Generic[AnyBatch]):
 
     def save(self) -> None:
         """Write the training state and the averaged weights."""
-        sources = gathered(self._batches.state())
+        sources, own = gathered(self._batches.state()), gathered(self._own_tensors())
         if not self._is_first:
             return
         tensors = self._learner.tensors()
-        tensors |= {f"random.{name}": value for name, value in random_tensors().items()}
+        tensors |= {f"ranks.{number}.{name}": value for number, each in enumerate(own) for name, value in each.items()}
         values = {
             "step": self.step,
             "ema_updates": self._learner.average.num_updates,
@@ -231,6 +230,10 @@ class TrainLoop(ABC, Generic[AnyBatch]):
         """Say something to whoever watches."""
         self._observer(TrainReport(self.step, self._config.optimizer.steps, line=line))
 
+    def _own_tensors(self) -> dict[str, Tensor]:
+        """What of a state each process has to itself, on the CPU."""
+        return {f"random.{name}": value for name, value in random_tensors().items()}
+
     def _require_same_folder(self, found: str | None) -> None:
         """Raise SpecError, in every process, where they do not all find the same newest state."""
         of_ranks = gathered(found)
@@ -245,7 +248,8 @@ class TrainLoop(ABC, Generic[AnyBatch]):
         if self._config.require_same_run(state.values["config"], printable(str(path))):
             self.tell(f"The run ends at step {self._config.optimizer.steps:,} now; the schedule follows.")
         self._learner.load(state)
-        load_random(state.part("random"))
+        # A process that the saved run did not have goes on from the generators of the first.
+        load_random(state.part(f"ranks.{rank()}.random") or state.part("ranks.0.random") or state.part("random"))
         self.step = state.values["step"]
         self._best = -math.inf if state.values["best"] is None else state.values["best"]
         sources = state.values["batches"]

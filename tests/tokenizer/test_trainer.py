@@ -22,8 +22,10 @@ from schemas.errors import CheckpointError, Interrupted, SpecError
 from tests.tiny_training import CPU, frames, settings
 from tokenizer.checkpoint import from_pretrained, save_checkpoint
 from tokenizer.losses import ms_ssim
+from tokenizer.prior_train import PriorLearner, prior_train_config
+from tokenizer.token_train import TokenBatch, TokenKind, TokenTrainer
 from tokenizer.train_loop import TrainingDiverged
-from tokenizer.train_state import find_states, load_state
+from tokenizer.train_state import find_states, load_state, save_state
 from tokenizer.train_step import CodeUsage, Learner, starting_model
 from tokenizer.trainer import Trainer, held_batches
 
@@ -336,6 +338,65 @@ def test_two_processes_have_the_gradients_and_the_run_of_one_on_the_joined_batch
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one[0][2] == pytest.approx(two[0][2], rel=1e-4)
     assert (tmp_path / "two" / "states" / "state-00000003.safetensors").exists()
+
+
+class _RandomTokens:
+    """Clips of another length in each process, so that each draws another number of random values."""
+
+    def __init__(self, number):
+        self._number, self._drawn = number, 0
+
+    def next_batch(self):
+        generator = torch.Generator().manual_seed(100 * self._number + self._drawn)
+        self._drawn += 1
+        return TokenBatch(torch.rand(4, 1 + self._number, 2, 3, 6, generator=generator) > 0.5)
+
+    def state(self):
+        return {"drawn": self._drawn}
+
+    def load(self, state):
+        self._drawn = state["drawn"]
+
+
+def _dropout_rank(number, port, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(number), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    from tokenizer.ranks import joined_ranks
+
+    values = {
+        "model": {"width": 16, "layers": 1, "heads": 2, "head_width": 16, "dropout": 0.3},
+        "optimizer": {"batch": 4, "warmup_steps": 0, "learning_rate": 0.01},
+        "run": {"device": "cpu", "dtype": "float32", "log_every": 1, "save_every": 2, "validate_every": 100,
+                "picture_every": 100},
+    }  # fmt: skip
+    with joined_ranks("cpu"):
+        config = prior_train_config({**values, "optimizer": {**values["optimizer"], "steps": 4}})
+        for out, stops in (("whole", False), ("parts", True), ("parts", False)):
+            learner = PriorLearner(config, TokenKind(6, 3, (2, 3), 2, "ab" * 32), CPU)
+            trainer = TokenTrainer(config, learner, _RandomTokens(number), folder / out)
+            trainer.begin(resume=True)
+            if stops:
+                trainer._collect = lambda *given, trainer=trainer: trainer.stop() if trainer.step == 1 else None
+                with pytest.raises(Interrupted):
+                    trainer.run()
+            else:
+                trainer.run()
+
+
+def test_each_of_two_processes_goes_on_with_its_own_random_numbers(tmp_path):
+    _in_two_processes(_dropout_rank, tmp_path)
+    whole, parts = (load_state(find_states(tmp_path / name / "states")[-1]).tensors for name in ("whole", "parts"))
+    assert not torch.equal(whole["ranks.0.random.cpu"], whole["ranks.1.random.cpu"])
+    assert all(torch.equal(whole[name], value) for name, value in parts.items())
+
+
+def test_a_state_that_holds_the_generators_of_one_process_is_gone_on_with(tmp_path):
+    train(settings(optimizer={"steps": 2}), tmp_path)
+    (path,) = find_states(tmp_path / "states")
+    state = load_state(path)
+    tensors = {name.removeprefix("ranks.0."): value for name, value in state.tensors.items()}
+    save_state(path, state._replace(tensors=tensors), keep=1)
+    assert train(settings(optimizer={"steps": 4}), tmp_path, resume=True).step == 4
 
 
 def _own_folder_rank(number, port, folder):
