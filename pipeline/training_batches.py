@@ -119,7 +119,7 @@ class StreamedFrames:
         }
         self._sizes = {"image": optimizer.batch_images, "video": optimizer.batch_clips}
         only: Kind = sources[0].kind
-        self._rank, self._colour_detail = rank, sampling.colour_detail
+        self._rank, self._num_ranks, self._colour_detail = rank, num_ranks, sampling.colour_detail
         self._clip_share = sampling.clip_share if len(self._streams) == 2 else float(only == "video")
         self._num_batches = 0
 
@@ -140,14 +140,22 @@ class StreamedFrames:
         """Where the next batch begins."""
         positions = {kind: list(stream.position) for kind, stream in self._streams.items()}
         shards = {kind: len(stream.source.urls) for kind, stream in self._streams.items()}
-        return {"batches": self._num_batches, "shards": shards, "positions": positions}
+        return {
+            "batches": self._num_batches, "shards": shards, "positions": positions, "num_ranks": self._num_ranks,
+        }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`.  Raises SpecError where the shards are others."""
+        """Go on from `state()`.  Raises SpecError where the shards or the number of ranks are others."""
         if state.get("shards") != self.state()["shards"]:
             raise SpecError(
                 f"The run was begun with shards {state.get('shards')}, now there are {self.state()['shards']}. "
                 "Give the same shards, or start a new run with model.init_from."
+            )
+        if state.get("num_ranks", self._num_ranks) != self._num_ranks:
+            raise SpecError(
+                f"The run was begun with {state['num_ranks']} processes that share out streamed data, now there are "
+                f"{self._num_ranks}. Resume with the same number of processes, or start a new run with "
+                "model.init_from."
             )
         self._num_batches = int(state["batches"])
         for kind, stream in self._streams.items():

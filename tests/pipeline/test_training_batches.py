@@ -107,6 +107,15 @@ def test_a_stream_that_is_loaded_goes_on_with_the_same_batches(small_shards, tak
         streamed([source(small_shards[:2]), source(small_shards, "video")]).load(first.state())
 
 
+@pytest.mark.parametrize(("before", "now"), [(1, 2), (2, 1), (2, 3)])
+def test_a_stream_goes_on_with_as_many_ranks_alone(small_shards, before, now):
+    """A rank's place says nothing of what another number of ranks has drawn."""
+    saved = json.loads(json.dumps(streamed([source(small_shards)], num_ranks=before).state()))
+    for rank in range(now):
+        with pytest.raises(SpecError, match=rf"begun with {before} processes .* now there are {now}\. Resume with the"):
+            streamed([source(small_shards)], rank=rank, num_ranks=now).load(saved)
+
+
 def test_damaged_samples_and_shards_are_told_and_left_out(tmp_path, small_shards):
     members = photo_members(0, 3)
     members[4:4] = [("broken.jpg", members[0][1][:200])]
