@@ -171,8 +171,10 @@ class Perceptual(nn.Module):
         total = torch.zeros(len(x), device=x.device)
         for number, stage in enumerate(self.stages):
             x, y = stage(x), stage(y)
-            difference = (_unit(x) - _unit(y)).square()
-            total = total + F.conv2d(difference, getattr(self, f"head_{number}").float()).mean((1, 2, 3))
+            # Only the trunk may run in bf16: the features of near pictures differ by little.
+            with torch.autocast(x.device.type, enabled=False):
+                difference = (_unit(x) - _unit(y)).square()
+                total = total + F.conv2d(difference, getattr(self, f"head_{number}")).mean((1, 2, 3))
         return total
 
 

@@ -166,6 +166,25 @@ def test_lpips_loads_local_weights_and_refuses_in_one_line_without_them(tmp_path
     assert not any(parameter.requires_grad for parameter in lpips.parameters())
 
 
+def test_under_autocast_lpips_compares_its_features_in_fp32(tmp_path, generator):
+    write_lpips(tmp_path, generator)
+    lpips = Perceptual(tmp_path)
+    x, y = pair(generator, height=32, width=32)
+    features = []
+    for stage in lpips.stages:
+        stage.register_forward_hook(lambda module, inputs, output: features.append(output))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = lpips(x, x + 0.1 * (y - x))
+    assert all(each.dtype == torch.bfloat16 for each in features)
+    expected = torch.zeros(2, dtype=torch.float64)
+    for number in range(5):
+        first, second = (nn.functional.normalize(each.double()) for each in features[2 * number : 2 * number + 2])
+        weighted = (first - second).square() * getattr(lpips, f"head_{number}").double()
+        expected += weighted.sum(1).mean((1, 2))
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), expected, rtol=1e-5)
+
+
 def test_lpips_refuses_weights_of_something_else(tmp_path):
     for name in ("vgg16.safetensors", "lpips_vgg.safetensors"):
         save_file({"features.0.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / name)
