@@ -109,8 +109,10 @@ def tensorboard_observers(folder: Path, tell: Callable[[str], None]) -> list[Obs
     def observe(report: TrainReport) -> None:
         nonlocal writer
         if writer is None:
-            # What an interrupted run wrote after its last state is dropped: it is done again.
-            writer = SummaryWriter(str(folder / "tensorboard"), purge_step=report.step)
+            # What an interrupted run wrote after its last state is dropped: it is done again.  A report without
+            # values tells of the state that the run goes on from, whose step is done.
+            first = report.step if report.values else report.step + 1
+            writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
         for name, value in report.values.items():
             writer.add_scalar(name, value, report.step)
         if report.picture is not None:

@@ -245,8 +245,7 @@ class TrainLoop(ABC, Generic[AnyBatch]):
             )
 
     def _restore(self, state: TrainState, path: Path) -> None:
-        if self._config.require_same_run(state.values["config"], printable(str(path))):
-            self.tell(f"The run ends at step {self._config.optimizer.steps:,} now; the schedule follows.")
+        has_moved = self._config.require_same_run(state.values["config"], printable(str(path)))
         self._learner.load(state)
         # A process that the saved run did not have goes on from the generators of the first.
         load_random(state.part(f"ranks.{rank()}.random") or state.part("ranks.0.random") or state.part("random"))
@@ -260,6 +259,9 @@ class TrainLoop(ABC, Generic[AnyBatch]):
                 f"there are {num_ranks()} now. Resume with as many."
             )
         self._batches.load(sources[0] if same else sources[rank()])
+        # After the step is known: whoever watches keeps what was before it.
+        if has_moved:
+            self.tell(f"The run ends at step {self._config.optimizer.steps:,} now; the schedule follows.")
 
     def _collect(self, metrics: dict[str, Tensor], num_samples: int) -> None:
         self._samples += num_samples * num_ranks()

@@ -189,6 +189,15 @@ def test_tensorboard_gets_the_numbers_and_pictures_where_it_is_installed(tmp_pat
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(tmp_path / "run"))
 
 
+def test_tensorboard_keeps_what_a_run_has_done_before_it_is_prolonged(tmp_path, small_shards):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for steps in (2, 3):
+        train(write_config(tmp_path, small_shards, steps=steps), resume=True, stream=io.StringIO())
+    events = accumulators.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+
+
 def test_pictures_are_png_files_that_others_read(tmp_path):
     generator = np.random.default_rng(0)
     pictures = list(generator.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8))
