@@ -1,8 +1,8 @@
 """Training on a Ray cluster: Ray Train starts the processes and joins them, each then does what `torchrun`'s would.
 
 Ray runs a training function in a thread, where no signal arrives and nothing reaches our terminal.  So a small actor
-carries reports of the first process to the driver, and the driver's wish to stop to all processes.  Where a process or
-its node is lost, Ray starts all of them again, and the run goes on from its last state."""
+on the driver's node carries reports of the first process to the driver, and the driver's wish to stop to all processes.
+Where a process or its node is lost, Ray starts all of them again, and the run goes on from its last state."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ import ray
 import ray.train
 import ray.train.torch
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 MAX_RESTARTS = 3
 """Times that lost processes are started again, from the last state, before the command ends."""
@@ -109,7 +110,9 @@ def train_on_ray(
         connect_ray(ray_address)
         if not spec.data.decode_threads:
             spec = spec.model_copy(update={"data": spec.data.model_copy(update={"decode_threads": cpus})})
-        mailbox: Any = ray.remote(Mailbox).options(num_cpus=0).remote()
+        # Beside the driver: elsewhere it could be lost with a node that the run would outlive.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        mailbox: Any = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
         part = Part(mailbox=mailbox, spec=spec, config=config, folder=folder, storage_options=storage_options,
                     working_folder=str(Path.cwd()))  # fmt: skip
         trainer = ray.train.torch.TorchTrainer(
