@@ -16,10 +16,10 @@ import os
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
@@ -103,6 +103,38 @@ class LoopLearner(Protocol[Learned]):
         """Put back what `tensors` gave."""
 
 
+class Interval:
+    """Sums over the updates of one log interval."""
+
+    def __init__(self, tensors: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """A new one, or the one that gave `tensors`."""
+        self._sums = dict(tensors)
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Add the scalars of an update; of one that was left out, that it was."""
+        skipped = bool(metrics["skipped"])
+        for name, value in metrics.items():
+            if name == "skipped" or not skipped:
+                self._add(f"sum.{name}", value)
+                self._add(f"number.{name}", torch.ones((), dtype=torch.int64))
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def values(self) -> dict[str, float]:
+        """The mean of each scalar over the updates that had it; of `skipped` how many updates were left out."""
+        means = {
+            name.removeprefix("sum."): float(total) / int(self._sums[name.replace("sum.", "number.", 1)])
+            for name, total in self._sums.items()
+            if name.startswith("sum.")
+        }
+        return {**means, "skipped": float(self._sums["sum.skipped"])}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, by dotted name."""
+        return dict(self._sums)
+
+
 class TrainLoop(ABC, Generic[AnyBatch]):
     """One run of training."""
 
@@ -125,9 +157,8 @@ class TrainLoop(ABC, Generic[AnyBatch]):
         self._observer: Observer = observer if self._is_first else lambda report: None
         self._best = -math.inf
         self._stop = False
-        self._skipped = 0
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._skipped_in_a_row = 0
+        self._interval = Interval()
         self._samples = 0
 
     @abstractmethod
@@ -145,6 +176,10 @@ class TrainLoop(ABC, Generic[AnyBatch]):
     def take_interval(self) -> tuple[dict[str, float], dict[str, Any]]:
         """What else is known of the log interval that ends: values to show, and what the log gets of them."""
         return {}, {}
+
+    def interval_counts(self) -> dict[str, Tensor]:
+        """What this process has counted for `take_interval`, by name: a state keeps it, and writes it back in place."""
+        return {}
 
     def stop(self) -> None:
         """Ask the run to save and end after the update that it is at."""
@@ -232,7 +267,8 @@ class TrainLoop(ABC, Generic[AnyBatch]):
 
     def _own_tensors(self) -> dict[str, Tensor]:
         """What of a state each process has to itself, on the CPU."""
-        return {f"random.{name}": value for name, value in random_tensors().items()}
+        parts = {"random": random_tensors(), "interval": self._interval.tensors(), "counts": self.interval_counts()}
+        return {f"{part}.{name}": value.cpu() for part, tensors in parts.items() for name, value in tensors.items()}
 
     def _require_same_folder(self, found: str | None) -> None:
         """Raise SpecError, in every process, where they do not all find the same newest state."""
@@ -249,6 +285,9 @@ class TrainLoop(ABC, Generic[AnyBatch]):
         self._learner.load(state)
         # A process that the saved run did not have goes on from the generators of the first.
         load_random(state.part(f"ranks.{rank()}.random") or state.part("ranks.0.random") or state.part("random"))
+        self._interval = Interval(state.part(f"ranks.{rank()}.interval"))
+        for name, counts in state.part(f"ranks.{rank()}.counts").items():
+            self.interval_counts()[name].copy_(counts)
         self.step = state.values["step"]
         self._best = -math.inf if state.values["best"] is None else state.values["best"]
         sources = state.values["batches"]
@@ -265,28 +304,26 @@ class TrainLoop(ABC, Generic[AnyBatch]):
 
     def _collect(self, metrics: dict[str, Tensor], num_samples: int) -> None:
         self._samples += num_samples * num_ranks()
+        self._interval.add(metrics)
         if float(metrics["skipped"]):
-            self._skipped += 1
-            if self._skipped == 1:
+            self._skipped_in_a_row += 1
+            if self._skipped_in_a_row == 1:
                 self.tell(
                     "A gradient is not finite (NaN or infinity): the update was left out. If this goes on, lower "
                     "optimizer.learning_rate or set run.dtype to float32."
                 )
-            if self._skipped == MAX_SKIPPED_IN_A_ROW:
+            if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise TrainingDiverged(
-                    f"No finite gradient in {self._skipped} updates up to step {self.step:,}. Resume from the last "
-                    "state in a new folder with a lower optimizer.learning_rate, or with run.dtype float32."
+                    f"No finite gradient in {self._skipped_in_a_row} updates up to step {self.step:,}. Resume from the "
+                    "last state in a new folder with a lower optimizer.learning_rate, or with run.dtype float32."
                 )
-            return
-        self._skipped = 0
-        for name, value in metrics.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + 1
+        else:
+            self._skipped_in_a_row = 0
 
     def _report(self, seconds: float, eta_seconds: float) -> None:
-        values = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        values = self._interval.values()
         values["samples_per_second"] = self._samples / max(seconds, 1e-9)
-        self._sums, self._counts, self._samples = {}, {}, 0
+        self._interval, self._samples = Interval(), 0
         shown, logged = self.take_interval()
         if self._is_first:
             self._log.write(self.step, {**values, **logged})

@@ -214,6 +214,10 @@ class CodeUsage:
         """Count bool bits [..., L]."""
         self._counts.add(bits)
 
+    def counts(self) -> dict[str, Tensor]:
+        """The counts of this process, which may be written to."""
+        return {"ones": self._counts.ones_L, "codes": self._counts.codes_GK}
+
     def take(self) -> tuple[list[float], float]:
         """Entropy of each channel in bits, and the share of each group's codes that occurred; then begin anew."""
         counts, self._counts = self._counts, self._new()

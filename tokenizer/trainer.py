@@ -83,6 +83,10 @@ class Trainer(TrainLoop[Tensor]):
         shown = {f"channel_bits/{number:02d}": bits for number, bits in enumerate(channel_bits)}
         return {**values, **shown}, {**values, "channel_bits": [round(bits, 4) for bits in channel_bits]}
 
+    def interval_counts(self) -> dict[str, Tensor]:
+        """How often bits and codes have occurred."""
+        return self.learner.usage.counts()
+
     def _report_dead(self, channel_bits: list[float]) -> None:
         least = self.config.run.dead_channel_bits
         # While the learning rate still rises the codebook is only beginning to fill.

@@ -95,6 +95,39 @@ def test_a_run_that_is_resumed_goes_on_with_equal_losses(tmp_path, recipe, kille
     assert whole.learner.average.num_updates == resumed.learner.average.num_updates == 6
 
 
+@pytest.mark.parametrize("killed_after", [3, 5])
+def test_a_run_that_is_interrupted_within_a_log_interval_logs_what_one_logs_that_is_not(tmp_path, killed_after):
+    config = settings(run={"log_every": 4})
+    train(config, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "parts", stop_after=killed_after)
+    train(config, tmp_path / "parts", resume=True)
+    logs = []
+    for name in ("whole", "parts"):
+        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        logs.append([{**line, "samples_per_second": None} for line in lines])
+    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == [4, 6]
+    assert {"loss", "code_usage", "channel_bits"} < logs[0][0].keys()
+
+
+def test_the_log_counts_the_updates_of_an_interval_that_were_left_out(tmp_path):
+    config = settings(run={"log_every": 3})
+    trainer = Trainer(config, held_batches(config, [frames(5, 1)], CPU), tmp_path)
+    trainer.begin(resume=False)
+    update, autoencode = trainer.learner.update, trainer.learner._autoencode
+
+    def poisoned_twice(batch, step):
+        bad = step in (0, 2)
+        trainer.learner._autoencode = (lambda each: _poisoned(trainer.learner.model, each)) if bad else autoencode
+        return update(batch, step)
+
+    trainer.learner.update = poisoned_twice
+    trainer.run()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["skipped"]) for line in lines] == [(3, 2), (6, 0)]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+
+
 def test_steps_after_the_last_state_are_done_again_and_logged_once(tmp_path):
     config = settings()
     train(config, tmp_path / "whole")
@@ -376,7 +409,7 @@ def _dropout_rank(number, port, folder):
             trainer = TokenTrainer(config, learner, _RandomTokens(number), folder / out)
             trainer.begin(resume=True)
             if stops:
-                trainer._collect = lambda *given, trainer=trainer: trainer.stop() if trainer.step == 1 else None
+                trainer.stop()
                 with pytest.raises(Interrupted):
                     trainer.run()
             else:
