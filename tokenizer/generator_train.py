@@ -21,7 +21,7 @@ from tokenizer.generator import MaskedTokenModel
 from tokenizer.generator_checkpoint import build_generator, read_generator, save_generator
 from tokenizer.generator_config import check_classes, generator_preset
 from tokenizer.token_train import TokenBatch, TokenKind, TokenLearner, TokenTrainConfig
-from tokenizer.train_config import build_settings
+from tokenizer.train_config import build_settings, require_given_sizes
 from tokenizer.unmasking import masked_share
 
 
@@ -120,7 +120,9 @@ class GeneratorLearner(TokenLearner[MaskedTokenModel]):
 
 
 def starting_generator(config: GeneratorTrainConfig, kind: TokenKind) -> MaskedTokenModel:
-    """The generator at step 0, for tokens of `kind`.  Raises SpecError where `model.init_from` is for other tokens."""
+    """The generator at step 0, for tokens of `kind`.
+
+    Raises SpecError where `model.init_from` is for other tokens, or has another size than is given."""
     part = config.model
     if part.init_from is not None:
         model = build_generator(read_generator(part.init_from)).requires_grad_(True)
@@ -131,6 +133,8 @@ def starting_generator(config: GeneratorTrainConfig, kind: TokenKind) -> MaskedT
                 f"{sizes.grid} in {len(sizes.classes)} classes; the data has {kind.bits}, {kind.grid} and "
                 f"{len(config.classes)}, or classes of other names."
             )
+        names = ("width", "layers", "heads", "group_size")
+        require_given_sizes({name: getattr(part, name) for name in names}, dataclasses.asdict(sizes))
         model.config = dataclasses.replace(sizes, tokenizer_sha256=kind.tokenizer_sha256)
         return model
     given: dict[str, Any] = {

@@ -19,7 +19,7 @@ from tokenizer.prior import TokenPrior
 from tokenizer.prior_checkpoint import build_prior, read_prior, save_prior
 from tokenizer.prior_config import prior_preset
 from tokenizer.token_train import TokenBatch, TokenKind, TokenLearner, TokenTrainConfig
-from tokenizer.train_config import build_settings
+from tokenizer.train_config import build_settings, require_given_sizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +103,9 @@ def bits_of_tokens(prior: TokenPrior, batch: TokenBatch) -> Tensor:
 
 
 def starting_prior(config: PriorTrainConfig, kind: TokenKind) -> TokenPrior:
-    """The prior at step 0, for tokens of `kind`.  Raises SpecError where `model.init_from` is for other tokens."""
+    """The prior at step 0, for tokens of `kind`.
+
+    Raises SpecError where `model.init_from` is for other tokens, or has another size than is given."""
     part = config.model
     max_frames = part.max_frames or kind.max_frames
     if part.init_from is not None:
@@ -116,6 +118,8 @@ def starting_prior(config: PriorTrainConfig, kind: TokenKind) -> TokenPrior:
                 f"{sizes.grid} in clips of up to {sizes.max_frames} frames; the data has {kind.bits}, {kind.grid} and "
                 f"{max_frames}."
             )
+        names = ("max_frames", "context_frames", "width", "layers", "heads", "head_width", "group_size")
+        require_given_sizes({name: getattr(part, name) for name in names}, dataclasses.asdict(sizes))
         prior.config = dataclasses.replace(sizes, tokenizer_sha256=kind.tokenizer_sha256)
         return prior
     given: dict[str, Any] = {

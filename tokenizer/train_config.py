@@ -260,6 +260,16 @@ def require_at_least(settings: Mapping[str, tuple[float, float]]) -> None:
             raise SpecError(f"{name} is {value}; it must be at least {least}.")
 
 
+def require_given_sizes(given: Mapping[str, object], found: Mapping[str, object]) -> None:
+    """Raise SpecError for the first setting of `model`, by name, that is given, and not as `model.init_from` has it."""
+    for name, value in given.items():
+        if value is not None and value != found[name]:
+            raise SpecError(
+                f"model.{name} is {value}, but the model of model.init_from has {found[name]}, and it decides the "
+                f"sizes. Leave model.{name} out, or leave out model.init_from."
+            )
+
+
 def require_same_settings(saved: dict[str, Any], now: dict[str, Any], free: Set[str], where: str) -> bool:
     """Raise SpecError where settings outside of `free` differ; return whether the end of the run has moved."""
     old, new = _flat(saved), _flat(now)

@@ -36,7 +36,7 @@ from tokenizer.losses import (
 from tokenizer.optimizers import make_optimizers
 from tokenizer.ranks import average_gradients, compute_dtype, copy_from_first_rank, num_ranks
 from tokenizer.schedule import clip_gradients, ramp, rate_factor
-from tokenizer.train_config import TrainConfig
+from tokenizer.train_config import TrainConfig, require_given_sizes
 from tokenizer.train_state import TrainState, load_optimizer, optimizer_tensors
 from tokenizer.vit import Block
 
@@ -228,7 +228,9 @@ class CodeUsage:
 
 
 def starting_model(config: TrainConfig, device: torch.device) -> BSQViT:
-    """The model at step 0: weights drawn from the seed, or those of `model.init_from` with its sizes adapted."""
+    """The model at step 0: weights drawn from the seed, or those of `model.init_from` with its sizes adapted.
+
+    Raises SpecError for a size that `model.init_from` has otherwise and that cannot be adapted."""
     from tokenizer.checkpoint import from_pretrained
 
     part = config.model
@@ -236,6 +238,13 @@ def starting_model(config: TrainConfig, device: torch.device) -> BSQViT:
     if part.init_from is None:
         return BSQViT(config.model_config(), seed=config.run.seed, compute_dtype=dtype)
     model = from_pretrained(part.init_from, image_size=part.image_size, max_frames=part.max_frames, compute_dtype=dtype)
+    sizes = model.config
+    halves = (sizes.encoder,) if part.decoder_layers is not None else (sizes.encoder, sizes.decoder)
+    for half in halves:
+        given = {name: getattr(part, name) for name in ("width", "layers", "heads")}
+        require_given_sizes(given, dataclasses.asdict(half))
+    given = {name: getattr(part, name) for name in ("head_width", "bits_per_token", "group_size")}
+    require_given_sizes(given, dataclasses.asdict(sizes))
     if part.decoder_layers is not None:
         model = with_deeper_decoder(model, part.decoder_layers, seed=config.run.seed)
     model.config = dataclasses.replace(model.config, losses=config.losses.quantizer)

@@ -168,6 +168,8 @@ def test_another_run_is_not_gone_on_with(datasets, tmp_path):
     best = str(tmp_path / "run" / "best")
     train_generator(train_file(tmp_path / "next", datasets, steps=1, model={"init_from": best}))
     assert generator_config(read_generator(tmp_path / "next" / "run" / "generator")).width == 16
+    with pytest.raises(SpecError, match=r"model.layers is 2, but the model of model.init_from has 1"):
+        train_generator(train_file(tmp_path / "deeper", datasets, model={"init_from": best, "layers": 2}))
     with pytest.raises(SpecError, match=r"init_from: .* in 10 classes; the data has 6"):
         path = train_file(tmp_path / "other", datasets, model={"init_from": best}, data={"classes": [*CLASSES, "sock"]})
         train_generator(path)

@@ -163,6 +163,8 @@ def test_another_run_is_not_gone_on_with(datasets, tmp_path):
     path = train_file(tmp_path / "next", datasets, steps=1, model={"init_from": best})
     train_prior(path)
     assert prior_config(read_prior(tmp_path / "next" / "run" / "prior")).width == 16
+    with pytest.raises(SpecError, match=r"model.width is 32, but the model of model.init_from has 16"):
+        train_prior(train_file(tmp_path / "wider", datasets, model={"init_from": best, "width": 32}))
 
 
 def test_the_example_can_be_meant():

@@ -292,6 +292,17 @@ def test_a_video_run_starts_from_an_image_tokenizer_with_its_output_unchanged(tm
     assert starting_model(larger, CPU).config.grid == (5, 5)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "has"),
+    [("width", 64, 32), ("layers", 2, 1), ("heads", 4, 2), ("head_width", 32, 64), ("bits_per_token", 36, 18)],
+)
+def test_a_size_that_the_first_weights_have_otherwise_is_refused(tmp_path, name, value, has):
+    save_checkpoint(starting_model(settings(), CPU), tmp_path / "first")
+    config = settings(model={"init_from": str(tmp_path / "first"), name: value})
+    with pytest.raises(SpecError, match=rf"model.{name} is {value}, but the model of model.init_from has {has}"):
+        starting_model(config, CPU)
+
+
 @pytest.mark.parametrize("method", ["adamw", "muon"])
 def test_a_deeper_decoder_begins_as_the_same_function_and_learns_alone(tmp_path, method):
     arrays = [frames(10, 1), frames(5, 4, seed=1)]
