@@ -73,7 +73,9 @@ def train_here(
         for each in observers:
             each(report)
 
-    trainer = Trainer(config, batches, folder, device=device, validation=validation, observer=observe_all)
+    trainer = Trainer(
+        config, batches, folder, device=device, validation=validation, observer=observe_all, data=spec.data.drawing()
+    )
     trainer.begin(resume=resume)
     with stopping(trainer):
         trainer.run()

@@ -52,6 +52,11 @@ class TrainDataSpec(SpecSection):
     limits: LimitsSpec = LimitsSpec()
     """What is refused."""
 
+    def drawing(self) -> dict[str, Any]:
+        """What decides which frames are drawn, as JSON types: all but where shards lie and how many threads decode."""
+        shards = {"images", "clips", "validation_images", "validation_clips"}
+        return self.model_dump(mode="json", exclude={*shards, "decode_threads"})
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         low, high = self.random_scale

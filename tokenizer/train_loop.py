@@ -1,6 +1,7 @@
 """The loop that trains a model from an endless source of batches: its log, states, moving average and signals.
 
     OUT/config.json            the run's settings
+    OUT/data.json              how its frames are decoded, where a training file says so
     OUT/log.jsonl              one line for every log interval, and one for each validation
     OUT/states/state-N.safetensors   everything that a resumed run needs, the last few
     OUT/best/                  the averaged weights of the best validation
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from schemas.errors import BsqError, Interrupted, SpecError, printable
 from tokenizer.ema import MovingAverage
 from tokenizer.ranks import gathered, num_ranks, rank
-from tokenizer.train_config import LearningPart, LoopPart
+from tokenizer.train_config import LearningPart, LoopPart, require_same_settings
 from tokenizer.train_log import Observer, StepLog, TrainReport
 from tokenizer.train_state import (
     TrainState,
@@ -147,12 +148,15 @@ class TrainLoop(ABC, Generic[AnyBatch]):
         *,
         device: torch.device,
         observer: Observer,
+        data: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """In several processes each has its own `batches`; the first alone writes and is observed."""
+        """In several processes each has its own `batches`; the first alone writes and is observed.
+
+        `data`: settings that decide what is drawn, as JSON types; a run goes on with the same alone."""
         self.step = 0
         """Updates done."""
         self.out, self.device = Path(out), device
-        self._config, self._learner, self._batches = config, learner, batches
+        self._config, self._learner, self._batches, self._data = config, learner, batches, dict(data)
         self._is_first = rank() == 0
         self._observer: Observer = observer if self._is_first else lambda report: None
         self._best = -math.inf
@@ -201,8 +205,9 @@ class TrainLoop(ABC, Generic[AnyBatch]):
             torch.manual_seed(self._config.run.seed)
         if self._is_first:
             self.out.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(self._config.to_json_dict(), indent=2) + "\n"
-            (self.out / "config.json").write_text(text, encoding="utf-8")
+            for name, values in (("config", self._config.to_json_dict()), ("data", self._data)):
+                if values:
+                    (self.out / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
             self._log = StepLog(self.out / "log.jsonl", self.step)
 
     def run(self) -> None:
@@ -242,6 +247,7 @@ class TrainLoop(ABC, Generic[AnyBatch]):
             "ema_updates": self._learner.average.num_updates,
             "best": self._best if math.isfinite(self._best) else None,
             "config": self._config.to_json_dict(),
+            "data": self._data,
             "batches": sources,
         }
         save_state(
@@ -282,6 +288,9 @@ class TrainLoop(ABC, Generic[AnyBatch]):
 
     def _restore(self, state: TrainState, path: Path) -> None:
         has_moved = self._config.require_same_run(state.values["config"], printable(str(path)))
+        # Arrays that were decoded elsewhere come without settings.
+        if (data := state.values.get("data")) and self._data:
+            require_same_settings({"data": data}, {"data": self._data}, frozenset(), printable(str(path)))
         self._learner.load(state)
         # A process that the saved run did not have goes on from the generators of the first.
         load_random(state.part(f"ranks.{rank()}.random") or state.part("ranks.0.random") or state.part("random"))

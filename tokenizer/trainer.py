@@ -13,8 +13,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -49,15 +50,17 @@ class Trainer(TrainLoop[Tensor]):
         device: torch.device | str = "cpu",
         validation: Sequence[Tensor] = (),
         observer: Observer = lambda report: None,
+        data: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """`validation`: uint8 [N, T, S, S, 3] each, measured with the averaged weights.
+        """`validation`: uint8 [N, T, S, S, 3] each, measured with the averaged weights.  `data`: settings that decide
+        what is drawn, as JSON types; a run goes on with the same alone.
 
         In several processes each has its own `batches`; the first alone writes and is observed."""
         device = torch.device(device)
         self.config = config
         kind = CodeLearner if config.losses.transform_code else Learner
         self.learner = kind(config, starting_model(config, device), device)
-        super().__init__(config, self.learner, batches, out, device=device, observer=observer)
+        super().__init__(config, self.learner, batches, out, device=device, observer=observer, data=data)
         self._validation = validation
         self._dead: list[int] = []
 

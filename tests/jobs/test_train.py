@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shutil
 import signal
 import subprocess
 
@@ -177,6 +178,23 @@ def test_lines_are_few_without_a_terminal_and_tell_the_time_left():
     lines = stream.getvalue().splitlines()
     assert len(lines) == 2
     assert "step 1 of 100: loss 1, psnr 20, 1 min 39 s left" in lines[0] and "dead" in lines[1]
+
+
+def test_a_run_goes_on_with_data_that_is_decoded_alike_alone(tmp_path, small_shards):
+    train(write_config(tmp_path, small_shards, steps=2, data={"hold": False}), stream=io.StringIO())
+    for change, words in (
+        ({"filter": "lanczos"}, r"begun with data.filter 'bilinear', now it is 'lanczos'"),
+        ({"random_scale": [0.5, 1.0]}, r"begun with data.random_scale \[0.6, 1.0\], now it is \[0.5, 1.0\]"),
+        ({"limits": {"max_side": 4000}}, r"begun with data.limits.max_side 32768, now it is 4000"),
+    ):
+        path = write_config(tmp_path, small_shards, steps=3, data={"hold": False, **change})
+        with pytest.raises(SpecError, match=words) as refusal:
+            train(path, resume=True, stream=io.StringIO())
+        assert "\n" not in str(refusal.value)
+    (tmp_path / "moved").mkdir()
+    moved = [shutil.copy(shard, tmp_path / "moved") for shard in small_shards]
+    train(write_config(tmp_path, moved, steps=3, data={"hold": False}), resume=True, stream=io.StringIO())
+    assert len(losses(tmp_path / "run")) == 3
 
 
 def test_tensorboard_gets_the_numbers_and_pictures_where_it_is_installed(tmp_path, small_shards):
