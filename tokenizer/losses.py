@@ -6,6 +6,8 @@ black is 0, as SSIM needs it, 2 for pixels from -1 to 1 after 1 is added."""
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +28,20 @@ LOG_MSE_FLOOR = 0.001
 """36 dB: better pictures than that have no need to become better still."""
 LEAST_SIMILARITY = 1e-6
 """A root's slope is infinite at 0, and a scale's contrast may fall below it early in training."""
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Convolutions of fp32 in fp32, also on GPUs, where cuDNN may round their inputs to TF32: 10 bits after the first.
+
+    For measures alone: they are differences of large numbers."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32
+    cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = before
 
 
 def ssim(x_BCHW: Tensor, y_BCHW: Tensor, *, data_range: float = 2.0, taps: int = 11) -> Tensor:
@@ -78,8 +94,9 @@ def gaussian_blur(x_BCHW: Tensor, taps: int, sigma_px: float) -> Tensor:
     offsets = torch.arange(taps, dtype=torch.float32, device=x_BCHW.device) - taps // 2
     window = torch.exp(-(offsets**2) / (2 * sigma_px**2))
     window = (window / window.sum()).expand(channels, 1, taps)
-    along = F.conv2d(x_BCHW, window[:, :, None], groups=channels)
-    return F.conv2d(along, window[:, :, :, None], groups=channels)
+    with exact_convolutions():
+        along = F.conv2d(x_BCHW, window[:, :, None], groups=channels)
+        return F.conv2d(along, window[:, :, :, None], groups=channels)
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
@@ -124,9 +141,9 @@ def r1_penalty(discriminator: nn.Module, real_BCHW: Tensor) -> Tensor:
 
     The graph of the slope is kept, so the penalty has a gradient in the discriminator's parameters."""
     real = real_BCHW.detach().float().requires_grad_()
-    with torch.autocast(real.device.type, enabled=False):
+    with torch.autocast(real.device.type, enabled=False), exact_convolutions():
         logits = discriminator(real)
-    (slope,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
+        (slope,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
     return slope.square().sum((1, 2, 3)).mean() / 2
 
 

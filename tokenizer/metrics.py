@@ -16,7 +16,7 @@ from schemas.errors import SpecError
 from tokenizer.frechet import FeatureStatistics, frechet_distance
 from tokenizer.i3d import LEAST_FRAMES, I3DLogits, load_i3d
 from tokenizer.inception import InceptionFeatures, load_inception
-from tokenizer.losses import SCALE_WEIGHTS, Perceptual, ms_ssim, psnr, ssim
+from tokenizer.losses import SCALE_WEIGHTS, Perceptual, exact_convolutions, ms_ssim, psnr, ssim
 
 LEAST_PX_OF_11_TAPS = 176
 """From this side on MS-SSIM has its usual window of 11 taps; its five scales need more than 160 px."""
@@ -105,7 +105,8 @@ class FeatureNetworks:
         for first in range(0, len(made_NHWC), PICTURES_AT_ONCE):
             pair = (each[first : first + PICTURES_AT_ONCE] for each in (originals_NHWC, made_NHWC))
             x, y = (each.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1 for each in pair)
-            scores.append(self.lpips(x, y).cpu())
+            with exact_convolutions():
+                scores.append(self.lpips(x, y).cpu())
         return {"lpips": torch.cat(scores)}
 
     @torch.no_grad()
@@ -120,7 +121,8 @@ class FeatureNetworks:
         return {"rfvd": self._through(self.i3d, torch.split(clips_BCTHW, 4))}
 
     def _through(self, network: torch.nn.Module, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat([network(part.to(self.device)).float().cpu() for part in parts])
+        with exact_convolutions():
+            return torch.cat([network(part.to(self.device)).float().cpu() for part in parts])
 
 
 class QualityMeter:

@@ -63,6 +63,23 @@ def test_similarity_of_a_picture_with_itself_is_one_and_its_gradient_finite_agai
     assert inverse.grad.isfinite().all()
 
 
+def test_measures_convolve_in_whole_fp32_and_leave_the_setting_as_it_was(generator, monkeypatch):
+    seen = []
+    convolve = nn.functional.conv2d
+
+    def recorded(*given, **named):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return convolve(*given, **named)
+
+    monkeypatch.setattr(nn.functional, "conv2d", recorded)
+    x, y = pair(generator, height=32, width=32)
+    before = torch.backends.cudnn.allow_tf32
+    ms_ssim(x, y, taps=7)
+    r1_penalty(Discriminator(16, channels=4, max_channels=8), torch.rand(4, 3, 16, 16, generator=generator))
+    assert seen and not any(seen)
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
 def test_psnr_counts_what_rounding_leaves():
     black = torch.full((1, 3, 4, 4), -1.0)
     assert psnr(black + 0.4 / 127.5, black).item() > 100  # rounds to the same byte
