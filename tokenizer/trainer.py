@@ -141,8 +141,8 @@ class Trainer(TrainLoop[Tensor]):
 
     @torch.no_grad()
     def _reconstruct(self, clips: Tensor) -> Tensor:
-        frames: Tensor = self.learner.model.autoencode(clips).frames
-        return frames
+        model = self.learner.model
+        return model.decode(model.encode(clips))
 
 
 def held_batches(config: TrainConfig, arrays: Sequence[Any], device: torch.device) -> HeldFrames:
