@@ -160,10 +160,6 @@ class BSQViTConfig:
         """Values of one patch: 3 channels of patch_size x patch_size pixels."""
         return 3 * self.patch_size * self.patch_size
 
-    def packed_bytes(self, num_frames: int) -> int:
-        """Bytes of the packed tokens of one clip."""
-        return math.ceil(num_frames * self.tokens_per_frame * self.bits_per_token / 8)
-
     def to_json_dict(self) -> dict[str, Any]:
         """The config as JSON types; `from_json_dict` reads it back equal."""
         return {**dataclasses.asdict(self), "clamp_range": list(self.clamp_range)}

@@ -9,7 +9,6 @@ import json
 import math
 import mmap
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from schemas.errors import CheckpointError, printable
@@ -64,15 +63,6 @@ def weight_sha256_of_buffer(buffer: bytes | mmap.mmap, where: str) -> str:
     entries = read_tensor_entries(buffer, where)
     with memoryview(buffer) as view:
         return hash_tensors((each.name, each.dtype, each.shape, view[each.start : each.end]) for each in entries)
-
-
-def weight_sha256_of_file(path: str | Path) -> str:
-    """Weight hash of a local safetensors file, read through a memory map."""
-    try:
-        with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            return weight_sha256_of_buffer(mapped, str(path))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}.") from error
 
 
 def hash_tensors(tensors: Iterable[tuple[str, str, tuple[int, ...], Any]]) -> str:
