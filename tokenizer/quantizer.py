@@ -20,12 +20,11 @@ LOG_FLOOR = 1e-8
 
 
 class QuantizerLosses(NamedTuple):
-    """Scalars in fp32, entropies in nats; `mean_assignment` [G, K] sums to 1 over K, code 0 being all -1."""
+    """What `tokenizer.losses.quantizer_loss` sums up, in fp32: scalars, the entropy in nats, and `mean_assignment`
+    [G, K], which sums to 1 over K, code 0 being all -1."""
 
-    total: Tensor
     commit: Tensor
     sample_entropy: Tensor
-    codebook_entropy: Tensor
     mean_assignment: Tensor
 
 
@@ -118,12 +117,8 @@ class BinarySphericalQuantizer(nn.Module):
         codebook = sample if codebook_size == sample_size else self.soft_assignment(latents, codebook_size)
 
         sample_entropy = _entropy(sample).sum(-1).mean()
-        mean_GK = codebook.flatten(0, -3).mean(0)
-        codebook_entropy = _entropy(mean_GK).sum()
         commit = config.beta * (codes - latents).square().sum(-1).mean()
-        entropy = config.gamma0 * sample_entropy - config.gamma * codebook_entropy
-        total = commit + config.zeta * entropy / config.inv_temperature
-        return QuantizerLosses(total, commit, sample_entropy, codebook_entropy, mean_GK)
+        return QuantizerLosses(commit, sample_entropy, codebook.flatten(0, -3).mean(0))
 
     def _entropy_group_size(self, kind: str) -> int:
         return 1 if kind == "bit" else self.group_size

@@ -140,13 +140,17 @@ def test_r1_reaches_every_weight_of_the_discriminator(generator):
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
-def test_the_quantizer_loss_is_the_models_own_in_one_process(generator):
+def test_the_quantizer_loss_by_hand(generator):
     config = QuantizerLossConfig(beta=0.25, gamma0=0.7, gamma=1.3, inv_temperature=2.0)
     quantizer = BinarySphericalQuantizer(18, losses=config)
-    losses = quantizer(quantizer.project(torch.randn(3, 5, 18, generator=generator))).losses
-    total, codebook_entropy = quantizer_loss(losses, config)
-    assert torch.allclose(total, losses.total)
-    assert torch.allclose(codebook_entropy, losses.codebook_entropy)
+    latents = quantizer.project(torch.randn(3, 5, 18, generator=generator))
+    total, codebook_entropy = quantizer_loss(quantizer(latents).losses, config)
+    shares = quantizer.soft_assignment(latents, quantizer.group_size)
+    of_samples = torch.special.entr(shares).sum((-2, -1)).mean()
+    of_codebook = torch.special.entr(shares.mean((0, 1))).sum()
+    distance = (quantizer.to_codes(latents > 0) - latents).square().sum(-1).mean()
+    assert torch.allclose(codebook_entropy, of_codebook, atol=1e-4)
+    assert torch.allclose(total, 0.25 * distance + (0.7 * of_samples - 1.3 * of_codebook) / 2, atol=1e-4)
 
 
 def write_lpips(folder, generator):
