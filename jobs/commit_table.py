@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dataset_files import iter_commits, list_generations, read_ledger
+from pipeline.dataset_files import CommittedParts, iter_commits, list_generations, read_ledger
 from pipeline.generations import Plan, list_begun, read_plans
 from pipeline.storage import Storage
 from schemas.ledger import Attempt, Commit, GivenUp
@@ -77,16 +77,20 @@ def read_commit_table(storage: Storage) -> CommitTable:
     finished = set(generations) <= set(list_generations(storage))
     found = CommitTable(COMMIT_SCHEMA.empty_table(), read_plans(storage, generations), generations, finished)
     tables = [found.table]
+    committed: list[CommittedParts] = []
     for generation in generations:
         ledger = read_ledger(storage, generation, keep_commits=False)
         found.num_segments += len(ledger.segments)
         found.arithmetic |= ledger.arithmetic
         for shard, attempts in ledger.failed_attempts.items():
             found.attempts.setdefault(shard, []).extend(attempts)
-        # A later generation may have won a shard that an earlier one gave up.
+        # A later generation may have won a shard that an earlier one gave up, and may give up trying for the rest of
+        # one that an earlier one committed.
+        committed.append(ledger.committed)
+        tried = found.given_up | ledger.given_up
         found.given_up = {
-            shard: record for shard, record in found.given_up.items() if (shard, 0) not in ledger.committed
-        } | ledger.given_up
+            shard: record for shard, record in tried.items() if not any((shard, 0) in each for each in committed)
+        }
         commits = iter_commits(storage, generation)
         while rows := [_row(commit, generation) for commit in islice(commits, CHUNK_ROWS)]:
             tables.append(pa.Table.from_pylist(rows, schema=COMMIT_SCHEMA))

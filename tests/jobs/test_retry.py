@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from jobs.commit_table import read_commit_table
 from jobs.inspect import describe
 from jobs.progress import read_status
 from jobs.verify import verify_dataset
@@ -133,6 +134,7 @@ def test_a_retry_never_mixes_rows_with_those_of_another_shard(tmp_path: Path, ho
     assert any("not the shard that was tokenized" in line for line in outcome.lines)
     assert all_rows(out) == before
     assert counts(out)["failed"] == 1 and counts(out)["complete"]
+    assert read_commit_table(open_storage(str(out))).given_up == {}, "it is there, only not what was tried for"
     assert verify_dataset(str(out)).problems == []
     # Its own shard put back, it can be won back after all.
     write_tar(tmp_path / "a.tar", members)
