@@ -34,7 +34,7 @@ from tokenizer.checkpoint import from_pretrained
 from tokenizer.frechet import FeatureStatistics, frechet_distance
 from tokenizer.generator_checkpoint import build_generator, read_generator
 from tokenizer.inception import InceptionFeatures, inception_score, load_inception
-from tokenizer.losses import to_uint8
+from tokenizer.losses import exact_convolutions, to_uint8
 from tokenizer.unmasking import SamplingOptions, sample_tokens
 
 SIDE = 64
@@ -101,7 +101,8 @@ class Looker:
         labels = self.classifier.head(features).argmax(-1)
         if self.inception is None:
             return Seen(features.cpu(), labels.cpu(), None, None)
-        found = torch.cat([self.inception(part.to(device)) for part in pictures.pixels.split(BATCH)])
+        with exact_convolutions():
+            found = torch.cat([self.inception(part.to(device)) for part in pictures.pixels.split(BATCH)])
         # Pictures lie class by class: each part of them for the deviation is to have all classes.
         mixed = found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).to(device)]
         score = inception_score(self.inception.logits(mixed))
