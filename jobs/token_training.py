@@ -38,7 +38,8 @@ def run_training(
     out: str | None = None,
     stream: TextIO | None = None,
 ) -> Path:
-    """Run a training file to its end and return the folder of the newest weights.
+    """Run a training file to its end and return the folder of the weights to use: of the best validation, or the
+    newest where nothing was measured.
 
     Raises SpecError where no folder is named, and Interrupted after a signal, with everything saved."""
     folder = out or spec.out
@@ -60,7 +61,8 @@ def run_training(
         trainer.begin(resume=resume)
         with stopping_on_signals(trainer):
             trainer.run()
-    return Path(folder) / trainer.newest
+    best = Path(folder) / "best"
+    return best if best.is_dir() else Path(folder) / trainer.newest
 
 
 def open_datasets(spec: TokenDataSpec, storage_options: Mapping[str, Any] | None) -> dict[str, TokenDataset]:
