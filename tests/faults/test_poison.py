@@ -104,7 +104,7 @@ def test_samples_that_hang_are_found_killed_and_told(
     fault: str, poisoned: list[Path], tmp_path: Path, bsq: RunBsq
 ) -> None:
     out = tmp_path / "out"
-    limits = ["--set", "limits.decode_timeout_seconds=1", "--set", "run.hang_timeout_seconds=8"]
+    limits = ["--set", "limits.decode_timeout_seconds=1", "--set", "run.hang_timeout_seconds=15"]
     job = bsq(
         "tokenize", *poisoned, "--out", out, *STUB, "--no-ray", "--cpus-per-worker", 2, *limits,
         "--max-failed-fraction", 0.5, env={"BSQTOK_DECODE_FAULT": f"{fault}:{KEYS[3]}"},
