@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jobs.display import counted
 from jobs.existing_job import existing_job
 from pipeline.check_files import CheckedFiles, check_committed_files, check_shard_parts
 from pipeline.dataset_files import (
@@ -75,8 +76,8 @@ class Verification:
     def describe(self) -> str:
         """A few lines for people."""
         counts = (
-            f"{self.files:,} token files, {self.rows:,} rows of {self.samples:,} samples ({self.failed:,} failed), "
-            f"{self.bytes:,} bytes read"
+            f"{counted(self.files, 'token file')}, {counted(self.rows, 'row')} of {counted(self.samples, 'sample')} "
+            f"({self.failed:,} failed), {self.bytes:,} bytes read"
         )
         lines = [f"{self.url}: {counts}", *self.notes]
         if self.ok:
