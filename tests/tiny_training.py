@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from tokenizer.train_config import TrainConfig, train_config
+from tokenizer.trainer import Trainer, held_batches
 
 TINY = {"preset": "vit-tiny-32-l18", "width": 32, "layers": 1, "heads": 2, "head_width": 64, "max_frames": 3}
 CPU = torch.device("cpu")
@@ -70,3 +71,36 @@ def logged_losses(folder: Path) -> list[float]:
     """The losses in the log of a run."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
+
+
+def train(config, out, arrays=None, *, resume=False, validation=(), reports=None, stop_after=None):
+    """Begin or resume a run in `out` and take it to its end, or to `stop_after` with a signal's stop."""
+    arrays = arrays or [frames(10, 1), frames(5, 4, seed=1)]
+    trainer = Trainer(
+        config,
+        held_batches(config, arrays, CPU),
+        out,
+        validation=validation,
+        observer=lambda report: reports.append(report) if reports is not None else None,
+    )
+    trainer.begin(resume=resume)
+    if stop_after is not None:
+        update = trainer.learner.update
+
+        def counted(batch, step):
+            if step + 1 == stop_after:
+                trainer.stop()
+            return update(batch, step)
+
+        trainer.learner.update = counted
+    trainer.run()
+    return trainer
+
+
+def losses(out):
+    """Step, loss and gradient norm of each line of a run's log."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+
+
+FULL = {"losses": {"adversarial_start": 1, "r1_every": 2}}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import socket
 import struct
 import threading
-import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,7 +17,6 @@ import torch
 
 from pipeline.containers import missing_bytes
 from pipeline.preprocess import turn_upright
-from pipeline.sample_tables import check_sample_tables
 from pipeline.video import Deadline, pick_frames, to_rgb
 from schemas.errors import (
     DecodeTimeout,
@@ -33,61 +30,7 @@ from schemas.errors import (
     VideoTooLong,
 )
 from schemas.jobspec import LimitsSpec
-
-LIMITS = LimitsSpec()
-TICK = Fraction(1, 12800)
-
-
-def level(number: int) -> int:
-    """Grey level that tells which frame this is."""
-    return 20 + 5 * number
-
-
-def make_video(
-    frames: int | list[np.ndarray] = 20,
-    *,
-    rate: Fraction = Fraction(25),
-    times: list[Fraction] | None = None,
-    container: str = "mp4",
-    codec: str = "libx264",
-    pixels: str = "yuv420p",
-    size: tuple[int, int] = (64, 48),
-    rotation: int = 0,
-    aspect: Fraction | None = None,
-    options: dict[str, str] | None = None,
-    movflags: str = "",
-) -> bytes:
-    """A video of flat grey frames, or of the given RGB arrays, at a constant rate or at the given seconds."""
-    if isinstance(frames, int):
-        frames = [np.full((size[1], size[0], 3), level(number), np.uint8) for number in range(frames)]
-    file = io.BytesIO()
-    with av.open(file, "w", format=container, options={"movflags": movflags} if movflags else {}) as output:
-        stream = output.add_stream(codec, rate=rate, options=options or {})
-        stream.width, stream.height = frames[0].shape[1], frames[0].shape[0]
-        stream.pix_fmt = pixels
-        if codec != "mpeg2video" and codec != "mpeg4":
-            stream.codec_context.time_base = TICK
-        if codec == "libx264":
-            stream.options = {"crf": "4", "g": "8", "bf": "0", "threads": "1", **(options or {})}
-        if aspect is not None:
-            stream.sample_aspect_ratio = aspect
-        if rotation:
-            stream.set_display_rotation(rotation)
-        for number, pixels_HWC in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(pixels_HWC, format="rgb24")
-            seconds = times[number] if times is not None else number / Fraction(rate)
-            frame.pts, frame.time_base = round(seconds / TICK), TICK
-            output.mux(stream.encode(frame))
-        output.mux(stream.encode(None))
-    return file.getvalue()
-
-
-def pick(payload: bytes, fps="source", limits: LimitsSpec = LIMITS) -> list:
-    return list(pick_frames(payload, fps, limits, Deadline(limits.decode_timeout_seconds)))
-
-
-def numbers(picked) -> list[int]:
-    return [round((float(to_rgb(frame).mean()) - 20) / 5) for frame in picked]
+from tests.tiny_videos import LIMITS, make_video, numbers, pick
 
 
 def expected_numbers(times: list[Fraction], end: Fraction, fps: Fraction) -> list[int]:
@@ -349,114 +292,6 @@ def test_frames_and_seconds_are_counted_where_the_header_says_nothing():
     raw = make_video(20, container="h264")
     with pytest.raises(VideoTooLong, match="stands at"):
         pick(raw, limits=LimitsSpec(max_video_seconds=0.3))
-
-
-def rewritten(payload: bytes, tables: dict[bytes, bytes]) -> bytes:
-    """The same mp4 with other contents in some of its boxes."""
-    boxes = b""
-    position = 0
-    while position + 8 <= len(payload):
-        size, kind = struct.unpack_from(">I4s", payload, position)
-        content = payload[position + 8 : position + size]
-        if kind in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"udta", b"moof", b"traf"):
-            content = rewritten(content, tables)
-        content = tables.get(kind, content)
-        boxes += struct.pack(">I4s", len(content) + 8, kind) + content
-        position += size
-    return boxes
-
-
-MANY = 60_000_000
-HOSTILE_TABLES = {
-    "sizes": {b"stsz": struct.pack(">III", 0, 1, MANY)},
-    "small-sizes": {b"stsz": b"", b"stss": struct.pack(">I4sIII", 20, b"stz2", 0, 4, MANY)},
-    "times": {b"stts": struct.pack(">IIIIII", 0, 2, MANY // 2, 1, MANY // 2, 2)},
-    "offsets": {b"stss": struct.pack(">I4sIIII", 24, b"ctts", 0, 1, MANY, 1)},
-    "long-box": {b"stss": struct.pack(">I4sQIII", 1, b"stsz", 28, 0, 1, MANY)},
-    "edits": {b"edts": struct.pack(">I4sII", 1 << 30, b"elst", 0, 1 << 30) + bytes(12 * 900_000)},
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE_TABLES)
-def test_tables_of_too_many_samples_are_refused_before_the_container_is_opened(name, monkeypatch):
-    payload = rewritten(make_video(20), HOSTILE_TABLES[name])
-    monkeypatch.setattr(av, "open", lambda *_, **__: pytest.fail("opened"))
-    for whole in (payload, payload[: len(payload) - 100]):
-        with pytest.raises(VideoTooLong, match="tables of the video declare"):
-            pick(whole)
-    moov = payload[payload.index(b"moov") - 4 :]
-    header = (
-        b"cmov" + struct.pack(">I4s4sI4sI", 12, b"dcom", b"zlib", 1 << 20, b"cmvd", len(moov)) + zlib.compress(moov)
-    )
-    with pytest.raises(VideoTooLong, match="tables of the video declare"):
-        pick(b"\0\0\0\x08wide" + struct.pack(">I4sI", len(header) + 12, b"moov", len(header) + 4) + header)
-
-
-def fragmented() -> bytes:
-    return make_video(20, movflags="frag_keyframe+empty_moov+dash")
-
-
-def test_fragments_have_their_samples_counted_too():
-    payload = bytearray(fragmented())
-    assert numbers(pick(bytes(payload))) == list(range(20))
-    struct.pack_into(">I", payload, payload.index(b"trun") + 8, 1 << 28)
-    with pytest.raises(VideoTooLong, match="tables of the video declare 268,4"):
-        pick(bytes(payload))
-
-
-def test_long_uncompressed_sound_is_no_film_that_is_too_long():
-    file = io.BytesIO()
-    with av.open(file, "w", format="mov") as output:
-        film, sound = output.add_stream("libx264", rate=25), output.add_stream("pcm_s16le", rate=48000, layout="mono")
-        film.width, film.height, film.pix_fmt = 64, 48, "yuv420p"
-        for number in range(3):
-            output.mux(film.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")))
-            samples = av.AudioFrame.from_ndarray(np.zeros((1, 1920), np.int16), format="s16", layout="mono")
-            samples.sample_rate, samples.pts = 48000, number * 1920
-            output.mux(sound.encode(samples))
-        output.mux([*film.encode(None), *sound.encode(None)])
-    payload = bytearray(file.getvalue())
-    struct.pack_into(">I", payload, payload.rindex(b"stsz") + 12, MANY)
-    struct.pack_into(">I", payload, payload.rindex(b"stts") + 12, MANY)
-    assert len(pick(bytes(payload))) == 3
-    struct.pack_into(">4s", payload, payload.index(b"soun"), b"vide")
-    with pytest.raises(VideoTooLong, match="tables of the video declare 60,000,003 samples"):
-        pick(bytes(payload))
-
-
-def test_tables_that_overlap_are_not_added_up_for_ever():
-    payload = make_video(3) + struct.pack(">I4sIIII", 24, b"stts", 0, 1 << 31, 0, 1) * 20_000
-    with pytest.raises(MediaCorrupt, match="overlap"):
-        pick(payload)
-
-
-def test_an_avi_of_many_tracks_is_refused_before_it_is_opened(monkeypatch):
-    payload = make_video(3, container="avi", codec="mpeg4")
-    monkeypatch.setattr(av, "open", lambda *_, **__: pytest.fail("opened"))
-    with pytest.raises(MediaCorrupt, match="17 tracks"):
-        pick(payload.replace(b"strh", b"strh" * 17))
-
-
-def test_a_segment_index_cannot_point_into_the_data():
-    payload = bytearray(fragmented())
-    index = payload.index(b"sidx")
-    assert payload[index + 4] == 1
-    behind = index - 4 + struct.unpack_from(">I", payload, index - 4)[0]
-    struct.pack_into(">q", payload, index + 24, payload.index(b"mdat") + 4 - behind)
-    with pytest.raises(MediaCorrupt, match="segment index"):
-        pick(bytes(payload))
-
-
-def test_tables_cut_or_damaged_anywhere_are_read_or_refused():
-    generator = np.random.default_rng(4)
-    for whole in (make_video(3), fragmented()):
-        start = whole.index(b"moov") - 40
-        for position in range(max(0, start), min(len(whole), start + 1200)):
-            damaged = bytearray(whole)
-            damaged[position] = generator.integers(256)
-            for payload in (whole[:position], bytes(damaged)):
-                with contextlib.suppress(VideoTooLong, MediaCorrupt):
-                    check_sample_tables(payload, LIMITS)
 
 
 def test_decoding_time_is_limited_and_the_consumers_time_is_not_counted():
